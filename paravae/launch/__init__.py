@@ -1,0 +1,1 @@
+"""The commands. Process groups are made and torn down here only."""

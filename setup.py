@@ -1,0 +1,46 @@
+"""paravae's package metadata; the tools' settings stand in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "paravae/__init__.py").read_text(encoding="utf-8")).group(1)
+
+video = ["imageio>=2.31", "imageio-ffmpeg>=0.4.9"]
+bench = ["diffusers>=0.42"]
+test = [
+    "diffusers==0.42.0",
+    "hypothesis>=6.100",
+    "mypy>=1.10",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "ruff>=0.6",
+    *video,
+]
+train = ["scikit-image>=0.22", "scikit-learn>=1.4"]
+
+setup(
+    name="paravae",
+    version=version,
+    description="Parallel VAE decode for Qwen-Image and Wan 2.1: one GPU or many, the same pixels",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["paravae", "paravae.*"]),
+    package_data={"paravae": ["py.typed", "assets/paravae-tiny/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "safetensors>=0.4.3",
+        "huggingface_hub>=0.25",
+        "numpy>=1.26",
+        "pillow>=10.1",
+        "rich>=13.7",
+        "matplotlib>=3.8",
+        "typing_extensions>=4.8",
+    ],
+    extras_require={"video": video, "bench": bench, "test": test, "train": train},
+    entry_points={"console_scripts": ["paravae = paravae.launch.cli:main"]},
+)
