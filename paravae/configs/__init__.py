@@ -1,0 +1,14 @@
+"""Data: what a VAE is and how it is run. Imports nothing of paravae."""
+
+from paravae.configs.base import VAEArchConfig, VAEConfig
+from paravae.configs.qwen_image import QwenImageVAEArchConfig, QwenImageVAEConfig
+from paravae.configs.wan import WanVAEArchConfig, WanVAEConfig
+
+__all__ = [
+    "QwenImageVAEArchConfig",
+    "QwenImageVAEConfig",
+    "VAEArchConfig",
+    "VAEConfig",
+    "WanVAEArchConfig",
+    "WanVAEConfig",
+]

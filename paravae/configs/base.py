@@ -1,0 +1,120 @@
+"""What a VAE is (its architecture) and how it is to be run: plain data, checked when made.
+
+Every field carries one line of help with its unit; ``configs/cli.py`` makes one flag of each.
+Change a config with ``dataclasses.replace``, which runs the checks again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PARALLEL_DECODE_MODES = ("auto", "patch", "spatial_shard", "tiled")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with the line of help that its flag shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEArchConfig:
+    """The shape of a causal video VAE of the Wan 2.1 family, as its checkpoint's config.json states it.
+
+    The field names are those of the published checkpoints, ``temperal_downsample`` included.
+    """
+
+    base_dim: int = option(96, "channels of the widest (pixel) level")
+    z_dim: int = option(16, "channels of the latents")
+    dim_mult: tuple[int, ...] = option((1, 2, 4, 4), "channels of each level, as a multiple of base_dim")
+    num_res_blocks: int = option(2, "residual blocks a level in the encoder; the decoder has one more")
+    temperal_downsample: tuple[bool, ...] = option(
+        (False, True, True), "for each downsampling of the encoder: whether it halves time as well"
+    )
+    input_channels: int = option(3, "channels of the pixels")
+    latents_mean: tuple[float, ...] = option((), "mean of each latent channel, for normalised latents")
+    latents_std: tuple[float, ...] = option((), "standard deviation of each latent channel")
+
+    def __post_init__(self) -> None:
+        for name in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON gives lists
+        for name in ("base_dim", "z_dim", "num_res_blocks", "input_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(
+                f"temperal_downsample has {len(self.temperal_downsample)} entries, but dim_mult "
+                f"{list(self.dim_mult)} needs {len(self.dim_mult) - 1}: one for each step between levels"
+            )
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) not in (0, self.z_dim):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, z_dim is {self.z_dim}")
+
+    @property
+    def spatial_ratio(self) -> int:
+        """Pixels a latent covers, along height and along width."""
+        return 2 ** len(self.temperal_downsample)
+
+    @property
+    def temporal_ratio(self) -> int:
+        """Pixel frames a latent frame gives; the first latent frame gives one."""
+        return 2 ** sum(self.temperal_downsample)
+
+    def pixel_frames(self, lat_frames: int) -> int:
+        """Pixel frames that ``lat_frames`` latent frames decode to: 4 T - 3 for the published models."""
+        return 1 + (lat_frames - 1) * self.temporal_ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """How to run a VAE. Names and defaults follow SGLang's ``VAEConfig``, except that parallel decode is
+    off until asked for. Time is always streamed frame by frame, exactly, so there are no temporal tiles."""
+
+    arch_config: VAEArchConfig = field(default_factory=VAEArchConfig)
+    load_encoder: bool = option(True, "build and load the encoder")
+    load_decoder: bool = option(True, "build and load the decoder")
+    use_parallel_decode: bool = option(False, "share each decode among the ranks of the parallel group")
+    parallel_decode_mode: str = option(
+        "auto",
+        "patch: exact windows, one a rank (spatial_shard is another name for it); "
+        "tiled: overlapping tiles, approximate, least memory; auto: paravae chooses",
+    )
+    use_parallel_encode: bool = option(True, "with use_parallel_decode: share each encode among the ranks too")
+    use_tiling: bool = option(False, "decode alone in overlapping tiles when not in parallel: less memory, approximate")
+    tile_sample_min_height: int = option(256, "least height of a tile, in pixels; lower pictures are one tile")
+    tile_sample_min_width: int = option(256, "least width of a tile, in pixels; narrower pictures are one tile")
+    tile_sample_stride_height: int = option(192, "largest step between tiles, in pixels down")
+    tile_sample_stride_width: int = option(192, "largest step between tiles, in pixels across")
+    memory_limit_gib: float | None = option(
+        None, "refuse a decode or encode estimated to need more than this, in GiB a rank; default: all the device has"
+    )
+
+    def __post_init__(self) -> None:
+        if self.parallel_decode_mode not in PARALLEL_DECODE_MODES:
+            raise ValueError(
+                f"parallel_decode_mode (--vae-config.parallel-decode-mode) is {self.parallel_decode_mode!r}, "
+                f"needs one of {', '.join(PARALLEL_DECODE_MODES)}"
+            )
+        ratio = self.arch_config.spatial_ratio
+        for side in ("height", "width"):
+            tile_px, stride_px = getattr(self, f"tile_sample_min_{side}"), getattr(self, f"tile_sample_stride_{side}")
+            for name, px in ((f"tile_sample_min_{side}", tile_px), (f"tile_sample_stride_{side}", stride_px)):
+                if px < ratio or px % ratio:
+                    raise ValueError(
+                        f"{name} (--vae-config.{name.replace('_', '-')}) is {px} pixels, "
+                        f"needs a positive multiple of {ratio}, the pixels a latent covers"
+                    )
+            if stride_px > tile_px:
+                raise ValueError(
+                    f"tile_sample_stride_{side} is {stride_px} pixels, more than tile_sample_min_{side} ({tile_px}): "
+                    f"tiles would leave gaps; lower --vae-config.tile-sample-stride-{side} to at most {tile_px}"
+                )
+        if self.memory_limit_gib is not None and not self.memory_limit_gib > 0:
+            raise ValueError(f"memory_limit_gib is {self.memory_limit_gib}, needs a positive number of GiB")
+        if not (self.load_encoder or self.load_decoder):
+            raise ValueError("load_encoder and load_decoder are both off: nothing would be left of the VAE")
+
+    @property
+    def exact_mode(self) -> str:
+        """The parallel decode mode under its own name: ``spatial_shard`` is SGLang's for ``patch``."""
+        return "patch" if self.parallel_decode_mode == "spatial_shard" else self.parallel_decode_mode
