@@ -1,0 +1,1 @@
+"""Engines: a window of latents in, its pixels out, on one device."""

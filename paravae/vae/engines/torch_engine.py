@@ -1,0 +1,70 @@
+"""The plain PyTorch engine: the networks, run eagerly, on any device and in any floating dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from paravae.vae.models.blocks import CausalConv3d, FrameCache
+from paravae.vae.models.decoder import Decoder
+from paravae.vae.models.encoder import Encoder
+from paravae.vae.models.stage import crop, run_local
+from paravae.vae.plan import Span, Window
+
+
+class TorchEngine:
+    """Runs the networks it is given; implements ``engines.base.Engine``. Differentiable: it sets no grad mode."""
+
+    def __init__(
+        self,
+        encoder: Encoder | None,
+        quant_conv: CausalConv3d | None,
+        post_quant_conv: CausalConv3d | None,
+        decoder: Decoder | None,
+        temporal_ratio: int,
+    ) -> None:
+        self._encoder, self._quant_conv = encoder, quant_conv
+        self._post_quant_conv, self._decoder = post_quant_conv, decoder
+        self._temporal_ratio = temporal_ratio
+        self._body = () if encoder is None else encoder.body()
+        self._tail = () if decoder is None else decoder.tail()
+        self.encoder_stages = tuple(stage.geometry for stage in self._body)
+        self.decoder_stages = tuple(stage.geometry for stage in self._tail)
+        self.feature_channels = 0 if encoder is None else encoder.feature_channels
+
+    def decode(self, latents: Tensor, trace: Sequence[Window]) -> Iterator[Tensor]:
+        if self._decoder is None or self._post_quant_conv is None:
+            raise ValueError("this VAE was built without its decoder (load_decoder=False), so it cannot decode")
+        cache = self._stream(latents.shape[2])
+        for frame in latents.split(1, dim=2):
+            features = self._decoder.head(self._post_quant_conv(frame), cache)
+            pixels = run_local(self._tail, _cut(features, trace[0]), trace, cache)
+            yield pixels.clamp(-1, 1)
+
+    def encode_window(self, pixels: Tensor, trace: Sequence[Window]) -> Iterator[Tensor]:
+        cache = self._stream(pixels.shape[2])
+        lone, rest = pixels[:, :, :1], pixels[:, :, 1:]
+        pieces = (lone, *rest.split(self._temporal_ratio, dim=2)) if rest.shape[2] else (lone,)
+        for piece in pieces:
+            yield run_local(self._body, _cut(piece, trace[0]), trace, cache)
+
+    def encode_features(self, features: Tensor) -> Tensor:
+        if self._encoder is None or self._quant_conv is None:
+            raise ValueError("this VAE was built without its encoder (load_encoder=False), so it cannot encode")
+        cache = self._stream(features.shape[2])
+        moments = [self._encoder.head(frame, cache) for frame in features.split(1, dim=2)]
+        return self._quant_conv(torch.cat(moments, dim=2))
+
+    def head_work(self, lat_height: int, lat_width: int) -> int:
+        return 0 if self._decoder is None else self._decoder.head_work(lat_height, lat_width)
+
+    @staticmethod
+    def _stream(frames: int) -> FrameCache | None:
+        """A lone frame leaves nothing to remember, so it needs no cache (and no copies)."""
+        return {} if frames > 1 else None
+
+
+def _cut(x: Tensor, window: Window) -> Tensor:
+    return crop(x, Window(Span(0, x.shape[-2]), Span(0, x.shape[-1])), window)

@@ -1,0 +1,1 @@
+"""The networks: plain, for one device, with their state passed explicitly."""

@@ -1,0 +1,132 @@
+"""Checkpoints in diffusers' layout: config.json and one safetensors file. Nothing that can execute code is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from paravae.configs import VAEArchConfig
+from paravae.files import whole_file
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+_CLASS_NAMES = ("AutoencoderKLQwenImage", "AutoencoderKLWan")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# What a config.json of these classes may hold beside our own fields, and the values that mean "plain Wan 2.1".
+_PLAIN_VALUES: dict[str, tuple[object, ...]] = {
+    "attn_scales": ([],),
+    "decoder_base_dim": (None,),
+    "is_residual": (False,),
+    "patch_size": (None,),
+    "in_channels": (3,),
+    "out_channels": (3,),
+    "clip_output": (True,),
+}
+ArchConfig = TypeVar("ArchConfig", bound=VAEArchConfig)
+
+
+def locate(directory_or_repo: str | Path, subfolder: str | None) -> Path:
+    """The local folder of a checkpoint, fetched from the hub if ``directory_or_repo`` is no directory."""
+    root = Path(directory_or_repo)
+    if not root.is_dir():
+        if root.exists() or root.is_absolute() or str(directory_or_repo).startswith(".") or root.suffix:
+            raise FileNotFoundError(
+                f"{root} is not a directory; need a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, or a hub repository"
+            )
+        prefix = f"{subfolder}/" if subfolder else ""
+        try:
+            root = Path(
+                snapshot_download(str(directory_or_repo), allow_patterns=[prefix + CONFIG_NAME, prefix + WEIGHTS_NAME])
+            )
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise FileNotFoundError(
+                f"{directory_or_repo} is neither a local directory nor a hub repository that can be reached: {error}"
+            ) from error
+    folder = root / subfolder if subfolder else root
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{root} has no folder {subfolder!r}")
+    return folder
+
+
+def read_arch(folder: Path, arch_class: type[ArchConfig]) -> ArchConfig:
+    """The architecture that ``folder``'s config.json states."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a checkpoint has {CONFIG_NAME} beside {WEIGHTS_NAME}")
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(stated, dict) or stated.get("_class_name") not in _CLASS_NAMES:
+        came = stated.get("_class_name") if isinstance(stated, dict) else type(stated).__name__
+        raise ValueError(f"{path} is of {came!r}, need one of {', '.join(_CLASS_NAMES)} (Qwen-Image or Wan 2.1)")
+    for name, plain in _PLAIN_VALUES.items():
+        value = stated.get(name, plain[0])
+        same_as_base = name == "decoder_base_dim" and value == stated.get("base_dim")
+        if value not in plain and not same_as_base:
+            raise ValueError(
+                f"{path} has {name} = {value!r}: another network than Qwen-Image's and Wan 2.1's ({plain[0]!r})"
+            )
+    names = {field.name for field in fields(arch_class)}
+    try:
+        return arch_class(**{name: value for name, value in stated.items() if name in names})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_tensors(
+    folder: Path, expected: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """The tensors of ``folder``'s weights named as in ``expected`` and shaped so; surplus halves are left out."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        pickles = [file.name for file in folder.iterdir() if file.suffix in _PICKLES]
+        if pickles:
+            raise ValueError(
+                f"{folder} has only {', '.join(pickles)}: pickles can execute code and are not read; "
+                f"need {WEIGHTS_NAME}"
+            )
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        found = load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+    missing = sorted(expected.keys() - found.keys())
+    halves = {key.split(".")[0] for key in expected}
+    foreign = sorted(k for k in found.keys() - expected.keys() if k.split(".")[0] in halves or not _is_half(k))
+    if missing or foreign:
+        raise ValueError(
+            f"{path} is of another model: {len(missing)} tensors are missing (such as {missing[:2]}), "
+            f"{len(foreign)} are unknown (such as {foreign[:2]})"
+        )
+    for key, tensor in expected.items():
+        if found[key].shape != tensor.shape:
+            raise ValueError(
+                f"{path}: {key} has shape {list(found[key].shape)}, {CONFIG_NAME} needs {list(tensor.shape)}"
+            )
+    return {key: found[key].to(dtype) for key in expected}
+
+
+def _is_half(key: str) -> bool:
+    return key.split(".")[0] in ("encoder", "quant_conv", "post_quant_conv", "decoder")
+
+
+def save(folder: Path, class_name: str, arch: VAEArchConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write config.json and the weights; each file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stated = {"_class_name": class_name, "attn_scales": [], "dropout": 0.0, **asdict(arch)}
+    with whole_file(folder / CONFIG_NAME) as part:
+        part.write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+    with whole_file(folder / WEIGHTS_NAME) as part:
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, part, metadata={"format": "pt"})

@@ -1,0 +1,68 @@
+"""Latents to pixels: a head that sees the whole frame (its attention does), then a tail of local stages."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paravae.configs import VAEArchConfig
+from paravae.vae.models.blocks import CausalConv3d, FrameCache, MidBlock, ResidualBlock, RMSNorm, Upsample
+from paravae.vae.models.stage import Stage
+from paravae.vae.plan import LocalStage
+
+
+class UpBlock(nn.Module):
+    """Residual blocks of one level and, but for the last level, the upsampling to the next."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_resnets: int, upsampler: Upsample | None) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_resnets
+        self.resnets = nn.ModuleList([ResidualBlock(a, b) for a, b in pairwise(widths)])
+        self.upsamplers = None if upsampler is None else nn.ModuleList([upsampler])
+
+    def layers(self) -> list[nn.Module]:
+        return [*self.resnets, *(self.upsamplers or [])]
+
+
+class Decoder(nn.Module):
+    """[B, z_dim, T, h, w] -> [B, 3, F, 8 h, 8 w]; parameter names are those of the published checkpoints."""
+
+    def __init__(self, arch: VAEArchConfig) -> None:
+        super().__init__()
+        widths = [arch.base_dim * m for m in reversed(arch.dim_mult)]
+        in_time = list(reversed(arch.temperal_downsample))
+        self.conv_in = CausalConv3d(arch.z_dim, widths[0], 3)
+        self.mid_block = MidBlock(widths[0])
+        self.up_blocks = nn.ModuleList()
+        channels = widths[0]
+        for level, width in enumerate(widths):
+            upsampler = Upsample(width, in_time=in_time[level]) if level < len(in_time) else None
+            self.up_blocks.append(UpBlock(channels, width, arch.num_res_blocks + 1, upsampler))
+            channels = width // 2
+        self.norm_out = RMSNorm(widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], arch.input_channels, 3)
+
+    def head(self, latents: Tensor, cache: FrameCache | None = None) -> Tensor:
+        """The part that needs the whole frame: [B, z_dim, T, h, w] -> features [B, C, T, h, w]."""
+        return self.mid_block(self.conv_in(latents, cache), cache)
+
+    def tail(self) -> tuple[Stage, ...]:
+        """The local stages from features to pixels, in order."""
+        stages: list[Stage] = []
+        for block in self.up_blocks:
+            assert isinstance(block, UpBlock)
+            stages += [Stage.of(layer) for layer in block.layers()]
+        work = 9 * self.conv_out.in_channels * self.conv_out.out_channels
+        geometry = LocalStage("same", margin=1, channels=self.conv_out.out_channels, work=work)
+        return (*stages, Stage(self._to_pixels, geometry))
+
+    def _to_pixels(self, x: Tensor, cache: FrameCache | None) -> Tensor:
+        return self.conv_out(F.silu(self.norm_out(x)), cache)
+
+    def head_work(self, lat_height: int, lat_width: int) -> int:
+        """Multiply-adds of the head for one frame."""
+        width, tokens = self.conv_in.out_channels, lat_height * lat_width
+        convolutions = 9 * self.conv_in.in_channels * width + 4 * 9 * width * width + 4 * width * width
+        return tokens * convolutions + 2 * tokens * tokens * width
