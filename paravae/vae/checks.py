@@ -1,0 +1,88 @@
+"""What may enter a decode or an encode: one error for each fault, saying what came and what is needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paravae.configs import VAEArchConfig
+
+OUTPUT_TYPES = ("float", "uint8")
+
+
+def check_latents(latents: Tensor, arch: VAEArchConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError unless ``latents`` are [B, z_dim, T, h, w] in the weights' dtype, on their device."""
+    _check_tensor("latents", latents, dtype, device)
+    if latents.dim() != 5 or latents.shape[1] != arch.z_dim or 0 in latents.shape:
+        raise ValueError(
+            f"latents have shape {list(latents.shape)}, need [B, {arch.z_dim}, T, h, w] with B, T, h, w >= 1 "
+            "(an image has T = 1)"
+        )
+
+
+def check_pixels(pixels: Tensor, arch: VAEArchConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError unless ``pixels`` are [B, 3, F, H, W] of sizes that the encoder can divide."""
+    _check_tensor("pixels", pixels, dtype, device)
+    channels, space, time = arch.input_channels, arch.spatial_ratio, arch.temporal_ratio
+    if pixels.dim() != 5 or pixels.shape[1] != channels or 0 in pixels.shape:
+        raise ValueError(
+            f"pixels have shape {list(pixels.shape)}, need [B, {channels}, F, H, W] with B, F, H, W >= 1 "
+            "(an image has F = 1)"
+        )
+    frames, height, width = pixels.shape[2:]
+    if height % space or width % space:
+        raise ValueError(
+            f"pixels are {height} x {width} (height x width), need multiples of {space}; "
+            f"crop to {height - height % space} x {width - width % space} or pad"
+        )
+    if (frames - 1) % time:
+        raise ValueError(
+            f"pixels have {frames} frames, need 1 + a multiple of {time}; "
+            f"the nearest below is {frames - (frames - 1) % time}"
+        )
+
+
+def check_output_type(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is {output_type!r}, needs one of {', '.join(OUTPUT_TYPES)}")
+
+
+def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} are a {type(value).__name__}, need a torch.Tensor")
+    if value.dtype != dtype:
+        raise ValueError(f"{name} are {value.dtype}, the weights are {dtype}: convert one ({name}.to({dtype}))")
+    if value.device.type != device.type or (device.index is not None and value.device != device):
+        raise ValueError(f"{name} are on {value.device}, the weights are on {device}: move one")
+
+
+class FiniteCheck:
+    """Refuses NaN and Inf without making a GPU wait.
+
+    On the CPU it looks at once. On a GPU the verdict is copied to the host behind the work already queued, and
+    asked for only after this decode's own work has been queued too, so the GPU never runs dry meanwhile.
+    """
+
+    def __init__(self, name: str, values: Tensor) -> None:
+        self._name = name
+        self._values = values
+        finite = values.isfinite().all()
+        self._copied: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._finite = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._finite.copy_(finite, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(values.device))
+        else:
+            self._finite = finite
+            self.raise_if_not()
+
+    def raise_if_not(self) -> None:
+        """Raise ValueError if a value was NaN or Inf."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        if not self._finite:
+            nan, inf = int(self._values.isnan().sum()), int(self._values.isinf().sum())
+            raise ValueError(
+                f"{self._name} hold {nan} NaN and {inf} Inf among {self._values.numel()} values, need finite numbers"
+            )

@@ -1,0 +1,33 @@
+"""What a decode or encode will need, and what a device has, in bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from paravae.vae.plan import Stages, Window, peak_elements
+
+GIB = 2**30
+
+
+def estimated_bytes(stages: Stages, trace: Sequence[Window], frames: int, dtype: torch.dtype, batch: int) -> int:
+    """Peak over the weights of running ``stages`` along ``trace`` eagerly, an estimate on the safe side.
+
+    At the largest activation there live at once: its input, output and shortcut in ``dtype``, and the norm's
+    copies in at least fp32. A stream of several latent frames runs ``frames`` = temporal_ratio of them at a time
+    and keeps two more for each of the seven convolutions of that level.
+    """
+    narrow = dtype.itemsize
+    wide = max(narrow, 4)
+    frame_bytes = 4 * narrow + 3 * wide
+    remembered_bytes = 0 if frames == 1 else 14 * narrow
+    return batch * peak_elements(stages, trace) * (frames * frame_bytes + remembered_bytes)
+
+
+def device_bytes(device: torch.device) -> int:
+    """All the memory that ``device`` has; for a CPU, the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

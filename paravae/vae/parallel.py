@@ -1,0 +1,350 @@
+"""ParallelTiledVAE: plan -> each rank's own windows -> engine -> one gather -> paste or blend. Nothing else.
+
+Tensors are [B, C, T, H, W]: latents [B, z_dim, T, h, w], pixels [B, 3, F, 8 h, 8 w] with F = 4 T - 3 for the
+published models. Every rank of the parallel group calls with the same tensors and gets the whole result.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from paravae.configs import VAEConfig
+from paravae.vae import plan
+from paravae.vae.blend import cross_fade, paste
+from paravae.vae.checks import FiniteCheck, check_latents, check_output_type, check_pixels
+from paravae.vae.comm import RankGroup
+from paravae.vae.engines.base import Engine
+from paravae.vae.memory import GIB, device_bytes, estimated_bytes
+from paravae.vae.pixels import to_uint8
+from paravae.vae.plan import PatchPlan, TilePlan, Window
+from paravae.vae.posterior import Posterior
+
+logger = logging.getLogger("paravae")
+
+Progress = Callable[[int, int], None]
+"""Told (steps done, steps in all) of this rank's share after each step: a latent frame of a window or tile."""
+
+# Below this saving the busiest rank's share is not worth a gather: `auto` lets every rank decode alone.
+_WORTHWHILE_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class DecodeChoice:
+    """How a decode was carried out: ``mode`` is single, patch or tiled; ``grid`` counts windows down and across."""
+
+    mode: str
+    ranks: int
+    grid: tuple[int, int]
+    reason: str
+
+
+class ParallelTiledVAE(nn.Module):
+    """A VAE whose decode and encode are shared by the ranks of a group.
+
+    A subclass builds its networks and hands an engine that runs them to ``use_engine``.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.last_choice: DecodeChoice | None = None
+        self._engine: Engine | None = None
+        self._group: RankGroup | None = None
+        self._budgets: dict[torch.device, int] = {}
+        self._announced: set[DecodeChoice] = set()
+
+    # ---------------------------------------------------------------------------------------------- set-up
+
+    def use_engine(self, engine: Engine) -> None:
+        """Decode and encode with ``engine`` from now on."""
+        self._engine = engine
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError(f"{type(self).__name__} has no engine: its __init__ must call use_engine")
+        return self._engine
+
+    def set_parallel_group(self, process_group: torch.distributed.ProcessGroup) -> None:
+        """Share decodes among the ranks of ``process_group``; the default is the world. All its ranks call this."""
+        self._group = RankGroup.of(process_group)
+        self._budgets.clear()
+
+    @property
+    def parallel_group(self) -> RankGroup:
+        """The ranks that share a decode: the group that was set, or the world once torch.distributed is up."""
+        if self._group is None:
+            world = RankGroup.world()
+            if world.size == 1:
+                return world
+            self._group = world
+        return self._group
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    # ---------------------------------------------------------------------------------------------- decode
+
+    def decode(self, latents: Tensor, *, output_type: str = "float", on_progress: Progress | None = None) -> Tensor:
+        """Latents [B, z_dim, T, h, w], denormalised -> pixels [B, 3, F, 8 h, 8 w], on every rank.
+
+        ``output_type``: "float", in the weights' dtype and [-1, 1]; or "uint8", 0..255, converted before it travels.
+
+        Raises:
+            ValueError: the latents do not fit the model, hold NaN or Inf, or would need too much memory.
+            RankError: another rank failed, or was given something else. No rank is left waiting.
+        """
+        parallel = self.config.use_parallel_decode
+        return self._decode(latents, None, self._ranks(parallel), output_type, on_progress)
+
+    def tiled_decode(
+        self, latents: Tensor, *, output_type: str = "float", on_progress: Progress | None = None
+    ) -> Tensor:
+        """Decode alone, in overlapping tiles: approximate, with little memory."""
+        return self._decode(latents, "tiled", RankGroup.alone(), output_type, on_progress)
+
+    def parallel_tiled_decode(
+        self, latents: Tensor, *, output_type: str = "float", on_progress: Progress | None = None
+    ) -> Tensor:
+        """``tiled_decode`` with the tiles dealt to the ranks: the same result to the bit."""
+        return self._decode(latents, "tiled", self._ranks(True), output_type, on_progress)
+
+    def parallel_patch_decode(
+        self, latents: Tensor, *, output_type: str = "float", on_progress: Progress | None = None
+    ) -> Tensor:
+        """Decode one window a rank, exactly: what one rank alone would give, but for rounding."""
+        return self._decode(latents, "patch", self._ranks(True), output_type, on_progress)
+
+    @torch.no_grad()
+    def _decode(
+        self, latents: Tensor, mode: str | None, ranks: RankGroup, output_type: str, on_progress: Progress | None
+    ) -> Tensor:
+        asked = f"{mode or self.config.exact_mode} decode of {_shape_of(latents)} as {output_type}"
+        budget = self._memory_budget(ranks)
+        with ranks.agreement(asked):
+            check_output_type(output_type)
+            check_latents(latents, self.config.arch_config, self.dtype, self.device)
+            finite = FiniteCheck("latents", latents)
+            choice = self._choose(latents, mode, ranks, budget)
+            convert = to_uint8 if output_type == "uint8" and choice.mode != "tiled" else _unchanged
+            if choice.mode == "tiled":
+                tiles = self._tile_plan(latents)
+                shard = self._decode_tiles(latents, tiles, ranks, on_progress)
+            else:
+                patches = self._patch_plan(latents, ranks if choice.mode == "patch" else RankGroup.alone())
+                own = patches.traces[ranks.rank if choice.mode == "patch" else 0]
+                shard = self._decode_window(latents, own, patches.shard_size, convert, on_progress)
+            finite.raise_if_not()
+        self._announce(choice)
+        if choice.mode == "single":
+            return shard
+        shards = ranks.all_gather(shard)
+        height, width = (side * self.config.arch_config.spatial_ratio for side in latents.shape[-2:])
+        if choice.mode == "patch":
+            return paste(shards, patches.outputs, height, width)
+        picture = self._blend_tiles(shards, tiles, ranks, height, width)
+        return to_uint8(picture) if output_type == "uint8" else picture.to(latents.dtype)
+
+    def _decode_window(
+        self,
+        latents: Tensor,
+        trace: Sequence[Window],
+        padded_size: tuple[int, int],
+        convert: Callable[[Tensor], Tensor],
+        on_progress: Progress | None,
+    ) -> Tensor:
+        """The pixels of one window, [B, 3, F, *padded_size], filled from the top left."""
+        arch = self.config.arch_config
+        lat_frames = latents.shape[2]
+        size = (latents.shape[0], arch.input_channels, arch.pixel_frames(lat_frames), *padded_size)
+        window = trace[-1]
+        shard = convert(latents.new_zeros(1)).new_zeros(size)
+        if not window.area:
+            return shard
+        first = 0
+        for step, pixels in enumerate(self.engine.decode(latents, trace), start=1):
+            frames = slice(first, first + pixels.shape[2])
+            shard[:, :, frames, : window.rows.size, : window.cols.size] = convert(pixels)
+            first = frames.stop
+            if on_progress:
+                on_progress(step, lat_frames)
+        return shard
+
+    def _decode_tiles(self, latents: Tensor, tiles: TilePlan, ranks: RankGroup, on_progress: Progress | None) -> Tensor:
+        """This rank's tiles, each as if it were the whole picture: [most tiles of a rank, B, 3, F, rows, cols]."""
+        shares = plan.even_split(len(tiles.tiles), ranks.size)
+        own = tiles.tiles[shares[ranks.rank].start : shares[ranks.rank].stop]
+        trace = plan.whole(self.engine.decoder_stages, *tiles.tile)
+        padded_size = (trace[-1].rows.size, trace[-1].cols.size)
+        decoded = []
+        for index, tile in enumerate(own):
+            cut = latents[..., tile.rows.start : tile.rows.stop, tile.cols.start : tile.cols.stop].contiguous()
+            report = _part_of(on_progress, index, len(own))
+            decoded.append(self._decode_window(cut, trace, padded_size, _unchanged, report))
+        if not decoded:  # more ranks than tiles
+            arch = self.config.arch_config
+            frames = arch.pixel_frames(latents.shape[2])
+            decoded = [latents.new_zeros(latents.shape[0], arch.input_channels, frames, *padded_size)]
+        most = max(share.size for share in shares)
+        return torch.stack(decoded + [torch.zeros_like(decoded[0])] * (most - len(decoded)))
+
+    def _blend_tiles(self, shards: Tensor, tiles: TilePlan, ranks: RankGroup, height: int, width: int) -> Tensor:
+        shares = plan.even_split(len(tiles.tiles), ranks.size)
+        in_order = (shards[rank, slot] for rank, share in enumerate(shares) for slot in range(share.size))
+        ratio = self.config.arch_config.spatial_ratio
+        return cross_fade(in_order, [tile.scaled(ratio) for tile in tiles.tiles], height, width)
+
+    # ---------------------------------------------------------------------------------------------- encode
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, *, on_progress: Progress | None = None) -> Posterior:
+        """Pixels [B, 3, F, H, W] in [-1, 1], H and W multiples of 8, F = 4 k + 1 -> posterior of the latents.
+
+        Exact on any number of ranks: each encodes a window up to the attention, the features are gathered,
+        and every rank finishes the whole (a twentieth of the work).
+
+        Raises: as ``decode`` does.
+        """
+        ranks = self._ranks(self.config.use_parallel_decode and self.config.use_parallel_encode)
+        asked = f"encode of {_shape_of(pixels)}"
+        budget = self._memory_budget(ranks)
+        with ranks.agreement(asked):
+            check_pixels(pixels, self.config.arch_config, self.dtype, self.device)
+            finite = FiniteCheck("pixels", pixels)
+            ratio = self.config.arch_config.spatial_ratio
+            height, width = pixels.shape[-2:]
+            cells = (height // ratio, width // ratio)
+            stages = self.engine.encoder_stages
+            patches = plan.plan_patches(stages, (height, width), cells, ranks.size)
+            self._refuse_over_budget(stages, patches, pixels, budget, "encode")
+            shard = self._encode_window(pixels, patches, ranks.rank, on_progress)
+            finite.raise_if_not()
+        features = paste(ranks.all_gather(shard), patches.outputs, *cells)
+        with ranks.agreement(asked):
+            return Posterior.from_moments(self.engine.encode_features(features))
+
+    def _encode_window(self, pixels: Tensor, patches: PatchPlan, rank: int, on_progress: Progress | None) -> Tensor:
+        """Features of one rank's window, [B, C, T, rows, cols], padded to the common shape."""
+        arch = self.config.arch_config
+        lat_frames = 1 + (pixels.shape[2] - 1) // arch.temporal_ratio
+        size = (pixels.shape[0], self.engine.feature_channels, lat_frames, *patches.shard_size)
+        shard = pixels.new_zeros(size)
+        trace = patches.traces[rank]
+        if trace[-1].area:
+            for index, features in enumerate(self.engine.encode_window(pixels, trace)):
+                shard[:, :, index : index + 1, : features.shape[-2], : features.shape[-1]] = features
+                if on_progress:
+                    on_progress(index + 1, lat_frames)
+        return shard
+
+    # -------------------------------------------------------------------------------------------- planning
+
+    def _ranks(self, parallel: bool) -> RankGroup:
+        return self.parallel_group if parallel else RankGroup.alone()
+
+    def _patch_plan(self, latents: Tensor, ranks: RankGroup) -> PatchPlan:
+        lat_size = (latents.shape[-2], latents.shape[-1])
+        return plan.plan_patches(self.engine.decoder_stages, lat_size, lat_size, ranks.size)
+
+    def _tile_plan(self, latents: Tensor) -> TilePlan:
+        ratio = self.config.arch_config.spatial_ratio
+        tile_min = (self.config.tile_sample_min_height // ratio, self.config.tile_sample_min_width // ratio)
+        stride = (self.config.tile_sample_stride_height // ratio, self.config.tile_sample_stride_width // ratio)
+        return plan.plan_tiles((latents.shape[-2], latents.shape[-1]), tile_min, stride)
+
+    def _choose(self, latents: Tensor, mode: str | None, ranks: RankGroup, budget: int) -> DecodeChoice:
+        """The mode of this decode, from values that all ranks share. ``mode``: what a method's name asks for."""
+        config = self.config
+        asked = mode is not None
+        if mode is None:
+            alone = "tiled" if config.use_tiling else "single"
+            mode = config.exact_mode if config.use_parallel_decode else alone
+        patches = self._patch_plan(latents, ranks if mode != "single" else RankGroup.alone())
+        if mode == "auto":
+            mode, reason = self._auto_mode(latents, patches, ranks, budget)
+        else:
+            reason = "the method called" if asked else "as configured"
+        if mode == "tiled":
+            tiles = self._tile_plan(latents)
+            rows = len({tile.rows for tile in tiles.tiles})
+            return DecodeChoice("tiled", ranks.size, (rows, len(tiles.tiles) // rows), reason)
+        if mode == "single":
+            patches = self._patch_plan(latents, RankGroup.alone())
+        self._refuse_over_budget(self.engine.decoder_stages, patches, latents, budget, "decode")
+        return DecodeChoice(mode, ranks.size, patches.grid, reason)
+
+    def _auto_mode(self, latents: Tensor, patches: PatchPlan, ranks: RankGroup, budget: int) -> tuple[str, str]:
+        """The first rule of ``auto``: exact if it fits in memory, shared if sharing saves a tenth of the work."""
+        needed = self._bytes_needed(self.engine.decoder_stages, patches, latents)
+        if needed > budget:
+            return "tiled", f"an exact decode needs {needed / GIB:.1f} GiB a rank, {budget / GIB:.1f} are allowed"
+        if ranks.size == 1:
+            return "single", "there is one rank"
+        lat_size = (latents.shape[-2], latents.shape[-1])
+        head = self.engine.head_work(*lat_size)
+        alone = head + self._patch_plan(latents, RankGroup.alone()).work
+        share = (head + patches.work) / alone
+        if share > _WORTHWHILE_SHARE:
+            return "single", f"the busiest of {ranks.size} ranks would still do {share:.0%} of the work"
+        return "patch", f"the busiest of {ranks.size} ranks does {share:.0%} of the work"
+
+    def _memory_budget(self, ranks: RankGroup) -> int:
+        """Bytes that a decode may need on any rank: the limit set, else what the smallest device of the group has."""
+        if self.config.memory_limit_gib is not None:
+            return int(self.config.memory_limit_gib * GIB)
+        if ranks.size == 1:
+            return device_bytes(self.device)
+        if self.device not in self._budgets:
+            self._budgets[self.device] = ranks.minimum(device_bytes(self.device))
+        return self._budgets[self.device]
+
+    def _bytes_needed(self, stages: plan.Stages, patches: PatchPlan, tensor: Tensor) -> int:
+        batch, _, frames = tensor.shape[:3]
+        at_once = 1 if frames == 1 else self.config.arch_config.temporal_ratio
+        dtype = tensor.dtype
+        return max(estimated_bytes(stages, trace, at_once, dtype, batch) for trace in patches.traces)
+
+    def _refuse_over_budget(
+        self, stages: plan.Stages, patches: PatchPlan, tensor: Tensor, budget: int, what: str
+    ) -> None:
+        needed = self._bytes_needed(stages, patches, tensor)
+        if needed > budget:
+            raise ValueError(
+                f"this {what} of {_shape_of(tensor)} needs about {needed / GIB:.1f} GiB a rank, "
+                f"{budget / GIB:.1f} GiB are allowed (memory_limit_gib, default: what the device has); "
+                "use more ranks, a smaller picture or batch, or parallel_decode_mode 'tiled' or 'auto'"
+            )
+
+    def _announce(self, choice: DecodeChoice) -> None:
+        self.last_choice = choice
+        if choice not in self._announced:
+            self._announced.add(choice)
+            rows, cols = choice.grid
+            logger.info(
+                "decode: %s, %d x %d windows on %d ranks: %s", choice.mode, rows, cols, choice.ranks, choice.reason
+            )
+
+
+def _unchanged(pixels: Tensor) -> Tensor:
+    return pixels
+
+
+def _shape_of(value: object) -> str:
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _part_of(on_progress: Progress | None, index: int, count: int) -> Progress | None:
+    """Progress of one tile among ``count``."""
+    if on_progress is None:
+        return None
+    return lambda done, total: on_progress(index * total + done, count * total)
