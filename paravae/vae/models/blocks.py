@@ -57,8 +57,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [B, C, ...] over C."""
+        return self._in_fp32(x).to(x.dtype)
+
+    def silu(self, x: Tensor) -> Tensor:
+        """SiLU of the normalised values, rounded to x's dtype once, at the end."""
+        return F.silu(self._in_fp32(x)).to(x.dtype)
+
+    def _in_fp32(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return (F.normalize(wide, dim=1) * (self.gamma.to(wide.dtype) * x.shape[1] ** 0.5)).to(x.dtype)
+        return F.normalize(wide, dim=1) * (self.gamma.to(wide.dtype) * x.shape[1] ** 0.5)
 
 
 class ResidualBlock(nn.Module):
@@ -78,8 +85,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        x = self.conv1(F.silu(self.norm1(x)), cache)
-        return self.conv2(F.silu(self.norm2(x)), cache) + shortcut
+        x = self.conv1(self.norm1.silu(x), cache)
+        return self.conv2(self.norm2.silu(x), cache) + shortcut
 
 
 class Attention(nn.Module):
@@ -95,7 +102,9 @@ class Attention(nn.Module):
         batch, channels, frames, height, width = x.shape
         pictures = x.transpose(1, 2).reshape(batch * frames, channels, height, width)
         qkv = self.to_qkv(self.norm(pictures)).flatten(2).transpose(1, 2)[:, None]  # [B T, 1 head, H W, 3 C]
-        attended = F.scaled_dot_product_attention(*qkv.contiguous().chunk(3, dim=-1))
+        # Not .contiguous(), which leaves a lone token the strides that no CUDA kernel takes.
+        qkv = qkv.clone(memory_format=torch.contiguous_format)
+        attended = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
         attended = attended[:, 0].transpose(1, 2).reshape(batch * frames, channels, height, width)
         return self.proj(attended).view(batch, frames, channels, height, width).transpose(1, 2) + x
 

@@ -22,6 +22,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _CLASS_NAMES = ("AutoencoderKLQwenImage", "AutoencoderKLWan")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_FILES = (".safetensors", ".json", *_PICKLES)  # a hub repository may have a dot in its name: Wan2.1
 # What a config.json of these classes may hold beside our own fields, and the values that mean "plain Wan 2.1".
 _PLAIN_VALUES: dict[str, tuple[object, ...]] = {
     "attn_scales": ([],),
@@ -39,7 +40,7 @@ def locate(directory_or_repo: str | Path, subfolder: str | None) -> Path:
     """The local folder of a checkpoint, fetched from the hub if ``directory_or_repo`` is no directory."""
     root = Path(directory_or_repo)
     if not root.is_dir():
-        if root.exists() or root.is_absolute() or str(directory_or_repo).startswith(".") or root.suffix:
+        if root.exists() or root.is_absolute() or str(directory_or_repo).startswith(".") or root.suffix in _FILES:
             raise FileNotFoundError(
                 f"{root} is not a directory; need a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, or a hub repository"
             )
@@ -122,11 +123,10 @@ def _is_half(key: str) -> bool:
 
 
 def save(folder: Path, class_name: str, arch: VAEArchConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write config.json and the weights; each file appears whole or not at all."""
+    """Write config.json and the weights, each whole; a write that fails leaves neither behind."""
     folder.mkdir(parents=True, exist_ok=True)
     stated = {"_class_name": class_name, "attn_scales": [], "dropout": 0.0, **asdict(arch)}
-    with whole_file(folder / CONFIG_NAME) as part:
-        part.write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
-    with whole_file(folder / WEIGHTS_NAME) as part:
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, part, metadata={"format": "pt"})
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    with whole_file(folder / CONFIG_NAME) as config, whole_file(folder / WEIGHTS_NAME) as weights:
+        config.write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+        save_file(contiguous, weights, metadata={"format": "pt"})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paravae.configs import VAEArchConfig
@@ -59,7 +58,7 @@ class Decoder(nn.Module):
         return (*stages, Stage(self._to_pixels, geometry))
 
     def _to_pixels(self, x: Tensor, cache: FrameCache | None) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(x)), cache)
+        return self.conv_out(self.norm_out.silu(x), cache)
 
     def head_work(self, lat_height: int, lat_width: int) -> int:
         """Multiply-adds of the head for one frame."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paravae.configs import VAEArchConfig
@@ -39,7 +38,7 @@ class Encoder(nn.Module):
     def head(self, features: Tensor, cache: FrameCache | None = None) -> Tensor:
         """The part that needs the whole frame: features [B, C, T, h, w] -> [B, 2 z_dim, T, h, w]."""
         x = self.mid_block(features, cache)
-        return self.conv_out(F.silu(self.norm_out(x)), cache)
+        return self.conv_out(self.norm_out.silu(x), cache)
 
     @property
     def feature_channels(self) -> int:
