@@ -2,8 +2,9 @@
 
 from paravae.configs import QwenImageVAEArchConfig, QwenImageVAEConfig, VAEArchConfig, VAEConfig, WanVAEConfig
 from paravae.vae.autoencoders import AutoencoderKLQwenImage, AutoencoderKLWan
+from paravae.vae.choice import DecodeChoice
 from paravae.vae.comm import RankError
-from paravae.vae.parallel import DecodeChoice, ParallelTiledVAE
+from paravae.vae.parallel import ParallelTiledVAE
 from paravae.vae.posterior import Posterior
 
 __version__ = "0.1.0"

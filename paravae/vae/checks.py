@@ -42,6 +42,12 @@ def check_pixels(pixels: Tensor, arch: VAEArchConfig, dtype: torch.dtype, device
         )
 
 
+def check_half(half: str, loaded: bool) -> None:
+    """Raise ValueError unless the ``half`` of the VAE that is needed, encoder or decoder, was built."""
+    if not loaded:
+        raise ValueError(f"this VAE was built without its {half} (load_{half}=False), so it cannot {half[:-1]}")
+
+
 def check_output_type(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type is {output_type!r}, needs one of {', '.join(OUTPUT_TYPES)}")

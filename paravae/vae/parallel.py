@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from paravae.configs import VAEConfig
 from paravae.vae import plan
 from paravae.vae.blend import cross_fade, paste
-from paravae.vae.checks import FiniteCheck, check_latents, check_output_type, check_pixels
+from paravae.vae.checks import FiniteCheck, check_half, check_latents, check_output_type, check_pixels
+from paravae.vae.choice import DecodeChoice, auto_mode
 from paravae.vae.comm import RankGroup
 from paravae.vae.engines.base import Engine
 from paravae.vae.memory import GIB, device_bytes, estimated_bytes
@@ -28,19 +28,6 @@ logger = logging.getLogger("paravae")
 
 Progress = Callable[[int, int], None]
 """Told (steps done, steps in all) of this rank's share after each step: a latent frame of a window or tile."""
-
-# Below this saving the busiest rank's share is not worth a gather: `auto` lets every rank decode alone.
-_WORTHWHILE_SHARE = 0.9
-
-
-@dataclass(frozen=True)
-class DecodeChoice:
-    """How a decode was carried out: ``mode`` is single, patch or tiled; ``grid`` counts windows down and across."""
-
-    mode: str
-    ranks: int
-    grid: tuple[int, int]
-    reason: str
 
 
 class ParallelTiledVAE(nn.Module):
@@ -132,6 +119,7 @@ class ParallelTiledVAE(nn.Module):
         asked = f"{mode or self.config.exact_mode} decode of {_shape_of(latents)} as {output_type}"
         budget = self._memory_budget(ranks)
         with ranks.agreement(asked):
+            check_half("decoder", self.config.load_decoder)
             check_output_type(output_type)
             check_latents(latents, self.config.arch_config, self.dtype, self.device)
             finite = FiniteCheck("latents", latents)
@@ -219,6 +207,7 @@ class ParallelTiledVAE(nn.Module):
         asked = f"encode of {_shape_of(pixels)}"
         budget = self._memory_budget(ranks)
         with ranks.agreement(asked):
+            check_half("encoder", self.config.load_encoder)
             check_pixels(pixels, self.config.arch_config, self.dtype, self.device)
             finite = FiniteCheck("pixels", pixels)
             ratio = self.config.arch_config.spatial_ratio
@@ -271,7 +260,8 @@ class ParallelTiledVAE(nn.Module):
             mode = config.exact_mode if config.use_parallel_decode else alone
         patches = self._patch_plan(latents, ranks if mode != "single" else RankGroup.alone())
         if mode == "auto":
-            mode, reason = self._auto_mode(latents, patches, ranks, budget)
+            needed = self._bytes_needed(self.engine.decoder_stages, patches, latents)
+            mode, reason = auto_mode(ranks.size, self._share(latents, patches), needed, budget)
         else:
             reason = "the method called" if asked else "as configured"
         if mode == "tiled":
@@ -283,20 +273,10 @@ class ParallelTiledVAE(nn.Module):
         self._refuse_over_budget(self.engine.decoder_stages, patches, latents, budget, "decode")
         return DecodeChoice(mode, ranks.size, patches.grid, reason)
 
-    def _auto_mode(self, latents: Tensor, patches: PatchPlan, ranks: RankGroup, budget: int) -> tuple[str, str]:
-        """The first rule of ``auto``: exact if it fits in memory, shared if sharing saves a tenth of the work."""
-        needed = self._bytes_needed(self.engine.decoder_stages, patches, latents)
-        if needed > budget:
-            return "tiled", f"an exact decode needs {needed / GIB:.1f} GiB a rank, {budget / GIB:.1f} are allowed"
-        if ranks.size == 1:
-            return "single", "there is one rank"
-        lat_size = (latents.shape[-2], latents.shape[-1])
-        head = self.engine.head_work(*lat_size)
-        alone = head + self._patch_plan(latents, RankGroup.alone()).work
-        share = (head + patches.work) / alone
-        if share > _WORTHWHILE_SHARE:
-            return "single", f"the busiest of {ranks.size} ranks would still do {share:.0%} of the work"
-        return "patch", f"the busiest of {ranks.size} ranks does {share:.0%} of the work"
+    def _share(self, latents: Tensor, patches: PatchPlan) -> float:
+        """What the busiest rank of ``patches`` does, its head included, as a fraction of one rank's work alone."""
+        head = self.engine.head_work(latents.shape[-2], latents.shape[-1])
+        return (head + patches.work) / (head + self._patch_plan(latents, RankGroup.alone()).work)
 
     def _memory_budget(self, ranks: RankGroup) -> int:
         """Bytes that a decode may need on any rank: the limit set, else what the smallest device of the group has."""
@@ -320,8 +300,8 @@ class ParallelTiledVAE(nn.Module):
         needed = self._bytes_needed(stages, patches, tensor)
         if needed > budget:
             raise ValueError(
-                f"this {what} of {_shape_of(tensor)} needs about {needed / GIB:.1f} GiB a rank, "
-                f"{budget / GIB:.1f} GiB are allowed (memory_limit_gib, default: what the device has); "
+                f"this {what} of {_shape_of(tensor)} needs about {needed / GIB:.3g} GiB a rank, "
+                f"{budget / GIB:.3g} GiB are allowed (memory_limit_gib, default: what the device has); "
                 "use more ranks, a smaller picture or batch, or parallel_decode_mode 'tiled' or 'auto'"
             )
 
@@ -329,10 +309,7 @@ class ParallelTiledVAE(nn.Module):
         self.last_choice = choice
         if choice not in self._announced:
             self._announced.add(choice)
-            rows, cols = choice.grid
-            logger.info(
-                "decode: %s, %d x %d windows on %d ranks: %s", choice.mode, rows, cols, choice.ranks, choice.reason
-            )
+            logger.info("decode: %s: %s", choice.how, choice.reason)
 
 
 def _unchanged(pixels: Tensor) -> Tensor:

@@ -200,13 +200,20 @@ class TilePlan:
 def tile_starts(size: int, tile_min: int, stride: int) -> tuple[int, tuple[int, ...]]:
     """Common tile size and starts along one axis.
 
-    As few tiles as keep them no smaller than ``tile_min`` (a shorter axis is one tile) and overlapping by
+    As many tiles as keep them no smaller than ``tile_min`` (a shorter axis is one tile) and overlapping by
     ``tile_min - stride`` or more, spread evenly: so there is no sliver at the end, and no tile exceeds
-    ``tile_min`` by a full stride.
+    ``tile_min`` by a full stride. Where rounding up to the common size would cost more than an overlap, which
+    takes many tiles, fewer and larger ones are made.
     """
     overlap = tile_min - stride
+
+    def tile_of(count: int) -> int:
+        return -(-(size + (count - 1) * overlap) // count)
+
     count = max(1, (size - overlap) // stride)
-    tile = -(-(size + (count - 1) * overlap) // count)
+    while count > 1 and count * tile_of(count) > size + count * overlap and tile_of(count - 1) < tile_min + stride:
+        count -= 1
+    tile = tile_of(count)
     return tile, tuple(i * (size - tile) // max(count - 1, 1) for i in range(count))
 
 
