@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "paravae/__init__.py").read_text(encoding="utf-8")).group(1)
 
-video = ["imageio>=2.31", "imageio-ffmpeg>=0.4.9"]
+video = ["imageio-ffmpeg>=0.4.9"]
 bench = ["diffusers>=0.42"]
 test = [
     "diffusers==0.42.0",

@@ -12,9 +12,9 @@ from typing import Any
 PARALLEL_DECODE_MODES = ("auto", "patch", "spatial_shard", "tiled")
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with the line of help that its flag shows."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with the line of help that its flag shows, and its choices if it has but a few."""
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ class VAEConfig:
         "auto",
         "patch: exact windows, one a rank (spatial_shard is another name for it); "
         "tiled: overlapping tiles, approximate, least memory; auto: paravae chooses",
+        choices=PARALLEL_DECODE_MODES,
     )
     use_parallel_encode: bool = option(True, "with use_parallel_decode: share each encode among the ranks too")
     use_tiling: bool = option(False, "decode alone in overlapping tiles when not in parallel: less memory, approximate")

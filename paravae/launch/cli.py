@@ -1,0 +1,90 @@
+"""The command line: ``paravae demo | decode | encode``, alone or on every rank of ``torchrun -m paravae``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, NoReturn
+
+import paravae
+from paravae.launch import decode, demo, encode
+from paravae.launch.errors import leave_at_once, report
+from paravae.launch.world import Place, place_from_environment
+
+COMMANDS = {
+    "demo": (demo, "decode a photograph in every mode on two CPU ranks, and show what differs"),
+    "decode": (decode, "latents in a file -> a picture, a folder of frames or a video"),
+    "encode": (encode, "a picture, a folder of frames or a video -> latents in a file"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises what argparse would print, so that N ranks say it once; takes no abbreviated flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ({self.prog} --help explains)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; ``args.run`` is the command's function."""
+    parser = Parser(prog="paravae", description=paravae.__doc__)
+    parser.add_argument("--version", action="version", version=f"paravae {paravae.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=(module.__doc__ or "").split(": ", 1)[-1])
+        module.add_flags(command)
+        command.add_argument("--debug", action="store_true", help="show where an error was raised")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status: 0 done, 1 failed, 2 bad input."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    place = Place()
+    with _logging():
+        try:
+            place = place_from_environment()
+            if place.rank > 0:
+                logging.getLogger("paravae").setLevel(logging.WARNING)
+            with redirect_stdout(sys.stdout if place.rank == 0 else io.StringIO()):  # --help, once
+                args = build_parser().parse_args(arguments)
+            args.run(args, place)
+        except Exception as error:
+            status = report(error, place, debug="--debug" in arguments)
+            if place.size > 1:
+                leave_at_once(status)
+            return status
+        except KeyboardInterrupt:
+            print("paravae: interrupted", file=sys.stderr)
+            return 130
+    return 0
+
+
+class _Stderr(logging.Handler):
+    """Short lines on whatever stderr is at the time: while a progress bar is drawn, the bar's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        grave = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print(f"paravae: {grave}{record.getMessage()}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    """Log paravae's INFO to stderr while a command runs; the loggers of a program that called us stay as they were."""
+    logger, handler = logging.getLogger("paravae"), _Stderr()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
