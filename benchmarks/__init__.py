@@ -1,0 +1,1 @@
+"""Benchmarks: scripts that measure and check in one run, and the results they wrote."""

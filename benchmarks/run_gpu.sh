@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Everything that needs GPUs, in one go: the cuda and nccl tests, the commands under torchrun, every mode timed.
+#   bash benchmarks/run_gpu.sh OUTPUT_FOLDER
+# Needs torch with CUDA, pytest, pytest-timeout and diffusers; uses up to four GPUs of this host.
+set -uo pipefail
+out=${1:?usage: bash benchmarks/run_gpu.sh OUTPUT_FOLDER}
+mkdir -p "$out"
+python=${PYTHON:-python3}
+gpus=$($python -c 'import torch; print(min(4, torch.cuda.device_count()))')
+on() { ranks=$1; shift; "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$@"; }
+failed=0
+step() { name=$1; shift; echo "== $name"; SECONDS=0; "$@" >"$out/$name.log" 2>&1 || { failed=1; echo "FAILED: $name"; tail -n 60 "$out/$name.log"; }; echo "   $SECONDS s"; }
+
+step tests_cuda "$python" -m pytest -q -rs -p no:cacheprovider tests/test_cuda.py --durations 5 -s
+[ "$gpus" -lt 2 ] || step tests_nccl "$python" -m pytest -q -rs -p no:cacheprovider tests/test_nccl.py --durations 5
+[ "$gpus" -lt 2 ] || step commands bash benchmarks/check_commands.sh "$gpus"
+step tiling "$python" -m benchmarks.tiling --output "$out/tiling.json"
+for ranks in 1 2 4; do
+  [ "$ranks" -gt "$gpus" ] || step "modes_1024_bf16_$ranks" on "$ranks" -m benchmarks.modes --output "$out/modes_1024_bf16_$ranks.json"
+done
+[ "$gpus" -lt 2 ] || step "modes_2048_bf16_$gpus" on "$gpus" -m benchmarks.modes --size 2048x2048 --repeats 8 --output "$out/modes_2048_bf16_$gpus.json"
+[ "$gpus" -lt 2 ] || step "modes_1024_fp32_$gpus" on "$gpus" -m benchmarks.modes --dtype float32 --repeats 5 --output "$out/modes_1024_fp32_$gpus.json"
+grep -hE "passed|failed" "$out"/tests_*.log
+cat "$out/commands.log" 2>/dev/null
+exit $failed
