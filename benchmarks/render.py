@@ -83,6 +83,13 @@ def modes_readme() -> str:
     return modes(["modes_1024_bf16_1", "modes_1024_bf16_2", "modes_1024_bf16_4"])
 
 
+def gpu_tests() -> str:
+    report = load("gpu_tests")
+    rows = [[row["what"], row["result"]] for row in report["rows"]]
+    gpus = report["machine"]["ranks"]
+    return f"{gpus} x {machine_line(report)}.\n\n" + table(["what", "result"], rows)
+
+
 def tiling() -> str:
     report = load("tiling")
     rows = [
@@ -103,6 +110,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "modes-1024": modes_readme,
     "modes-2048": lambda: modes(["modes_2048_bf16_4"]),
     "modes-fp32": lambda: modes(["modes_1024_fp32_4"]),
+    "gpu-tests": gpu_tests,
     "tiling": tiling,
 }
 

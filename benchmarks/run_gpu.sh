@@ -20,6 +20,5 @@ for ranks in 1 2 4; do
 done
 [ "$gpus" -lt 2 ] || step "modes_2048_bf16_$gpus" on "$gpus" -m benchmarks.modes --size 2048x2048 --repeats 8 --output "$out/modes_2048_bf16_$gpus.json"
 [ "$gpus" -lt 2 ] || step "modes_1024_fp32_$gpus" on "$gpus" -m benchmarks.modes --dtype float32 --repeats 5 --output "$out/modes_1024_fp32_$gpus.json"
-grep -hE "passed|failed" "$out"/tests_*.log
-cat "$out/commands.log" 2>/dev/null
+"$python" -m benchmarks.gpu_summary "$out" "$gpus"
 exit $failed

@@ -37,7 +37,9 @@ def photographs() -> dict[str, np.ndarray]:
     return {
         "scikit-learn flower": load_sample_image("flower.jpg"),
         "scikit-learn china": load_sample_image("china.jpg"),
-        "matplotlib grace_hopper": np.array(Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")),
+        "matplotlib grace_hopper": np.array(
+            Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
+        ),
         "scikit-image coffee": skimage_data.coffee(),
         "scikit-image astronaut": astronaut,
         "scikit-image astronaut, twice the size": np.array(Image.fromarray(astronaut).resize((1024, 1024), 3)),

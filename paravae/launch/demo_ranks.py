@@ -162,7 +162,7 @@ def _timed(here: World, work: Callable[[], Result]) -> tuple[Result, float]:
     result = work()
     seconds = []
     for _ in range(REPEATS):
-        here.group.minimum(0)  # all start together
+        here.group.minimum("start together", 0)
         start = time.perf_counter()
         result = work()
         seconds.append(time.perf_counter() - start)

@@ -24,7 +24,7 @@ class DecodeChoice:
         """In words, such as "patch, 2 x 1 windows on 2 ranks"."""
         ranks = f"{self.ranks} rank" + ("s" if self.ranks > 1 else "")
         if self.mode == "single":
-            return f"single, {ranks}" if self.ranks == 1 else f"single, each of {ranks} alone"
+            return f"single on {ranks}" if self.ranks == 1 else f"single on each of {ranks}"
         return f"{self.mode}, {self.grid[0]} x {self.grid[1]} windows on {ranks}"
 
 

@@ -9,9 +9,8 @@ all-gather, and without a GPU ever being waited for.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -105,32 +104,43 @@ class RankGroup:
             yield
         except Exception as error:
             failure = error
-        rows = self._exchange(_status_row(request, failure))
         if failure is not None:
+            with suppress(Exception):  # whatever became of the others, this rank's own error is the one to raise
+                self._exchange(request, failure)
             raise failure
-        self._raise_if_not_all_fine([_read_row(row) for row in rows])
+        self._raise_if_different(self._exchange(request))
 
-    def minimum(self, value: int) -> int:
-        """The least of the ranks' values (integers below 2^63)."""
+    def minimum(self, name: str, value: int) -> int:
+        """The least of the ranks' values of ``name``.
+
+        Raises:
+            RankError: another rank came with something else than its ``name``.
+        """
         if self.size == 1:
             return value
-        gathered = self._exchange(torch.tensor([value]))
-        return int(gathered.min())
+        requests = self._exchange(f"{name}: {value}")
+        values = [text.removeprefix(f"{name}: ") for text in requests]
+        if any(text == rest for text, rest in zip(requests, values, strict=True)):
+            self._raise_if_different(requests)
+        return min(int(text) for text in values)
 
-    def _exchange(self, row: Tensor) -> Tensor:
-        rows = row.new_empty((self.size, *row.shape))
-        _all_gather_single(rows.view(-1), row, group=self.control)
-        return rows
-
-    def _raise_if_not_all_fine(self, rows: list[tuple[int, str]]) -> None:
+    def _exchange(self, request: str, failure: Exception | None = None) -> list[str]:
+        """Every rank's request, if no rank came with a failure."""
+        row = _status_row(request, failure)
+        gathered = row.new_empty((self.size, *row.shape))
+        _all_gather_single(gathered.view(-1), row, group=self.control)
+        rows = [_read_row(row) for row in gathered]
         for rank, (kind, message) in enumerate(rows):
             if kind != _FINE:
-                _fail(f"rank {rank} of {self.size} failed: {message}", rank, kind == _INPUT_ERROR)
-        for rank, (_, request) in enumerate(rows):
-            if request != rows[0][1]:
-                _fail(
-                    f"the ranks were asked for different things: rank 0 {rows[0][1]}, rank {rank} {request}", rank, True
-                )
+                text = f"rank {rank} of {self.size} failed: {message}"
+                raise RankError(text, rank=rank, input_error=kind == _INPUT_ERROR)
+        return [message for _, message in rows]
+
+    def _raise_if_different(self, requests: list[str]) -> None:
+        for rank, request in enumerate(requests):
+            if request != requests[0]:
+                text = f"the ranks were asked for different things: rank 0 {requests[0]}, rank {rank} {request}"
+                raise RankError(text, rank=rank, input_error=True)
 
 
 def _control_group(process_group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -152,7 +162,3 @@ def _status_row(request: str, failure: Exception | None) -> Tensor:
 def _read_row(row: Tensor) -> tuple[int, str]:
     kind, *message = row.tolist()
     return kind, bytes(message).rstrip(b"\0").decode(errors="replace")
-
-
-def _fail(message: str, rank: int, input_error: bool) -> NoReturn:
-    raise RankError(message, rank=rank, input_error=input_error)

@@ -42,7 +42,7 @@ class ParallelTiledVAE(nn.Module):
         self.last_choice: DecodeChoice | None = None
         self._engine: Engine | None = None
         self._group: RankGroup | None = None
-        self._budgets: dict[torch.device, int] = {}
+        self._budgets: dict[int, int] = {}  # this rank's own -> the least of the group
         self._announced: set[DecodeChoice] = set()
 
     # ---------------------------------------------------------------------------------------------- set-up
@@ -116,7 +116,9 @@ class ParallelTiledVAE(nn.Module):
     def _decode(
         self, latents: Tensor, mode: str | None, ranks: RankGroup, output_type: str, on_progress: Progress | None
     ) -> Tensor:
-        asked = f"{mode or self.config.exact_mode} decode of {_shape_of(latents)} as {output_type}"
+        asked = (
+            f"{mode or self.config.exact_mode} decode of {_shape_of(latents)} as {output_type}, {self._tile_words()}"
+        )
         budget = self._memory_budget(ranks)
         with ranks.agreement(asked):
             check_half("decoder", self.config.load_decoder)
@@ -251,6 +253,11 @@ class ParallelTiledVAE(nn.Module):
         stride = (self.config.tile_sample_stride_height // ratio, self.config.tile_sample_stride_width // ratio)
         return plan.plan_tiles((latents.shape[-2], latents.shape[-1]), tile_min, stride)
 
+    def _tile_words(self) -> str:
+        config = self.config
+        tile = f"{config.tile_sample_min_height} x {config.tile_sample_min_width}"
+        return f"tiles {tile} px every {config.tile_sample_stride_height} x {config.tile_sample_stride_width}"
+
     def _choose(self, latents: Tensor, mode: str | None, ranks: RankGroup, budget: int) -> DecodeChoice:
         """The mode of this decode, from values that all ranks share. ``mode``: what a method's name asks for."""
         config = self.config
@@ -279,14 +286,14 @@ class ParallelTiledVAE(nn.Module):
         return (head + patches.work) / (head + self._patch_plan(latents, RankGroup.alone()).work)
 
     def _memory_budget(self, ranks: RankGroup) -> int:
-        """Bytes that a decode may need on any rank: the limit set, else what the smallest device of the group has."""
-        if self.config.memory_limit_gib is not None:
-            return int(self.config.memory_limit_gib * GIB)
+        """Bytes that a decode may need on any rank: the least of what each has, or has been limited to."""
+        limit = self.config.memory_limit_gib
+        own = device_bytes(self.device) if limit is None else int(limit * GIB)
         if ranks.size == 1:
-            return device_bytes(self.device)
-        if self.device not in self._budgets:
-            self._budgets[self.device] = ranks.minimum(device_bytes(self.device))
-        return self._budgets[self.device]
+            return own
+        if own not in self._budgets:
+            self._budgets[own] = ranks.minimum("memory budget in bytes", own)
+        return self._budgets[own]
 
     def _bytes_needed(self, stages: plan.Stages, patches: PatchPlan, tensor: Tensor) -> int:
         batch, _, frames = tensor.shape[:3]

@@ -1,0 +1,14 @@
+"""Which tests run here: those marked ``cuda`` and ``nccl`` need GPUs and say so when there are too few."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for item in items:
+        for mark, needed in (("cuda", 1), ("nccl", 2)):
+            if item.get_closest_marker(mark) and gpus < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} or more CUDA GPUs, this machine has {gpus}"))

@@ -1,0 +1,375 @@
+"""What a decode or encode must give on any number of ranks: each case runs on every rank, on CPU or GPU.
+
+A case asserts against a decode that the rank makes alone, and returns what must be the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from paravae import AutoencoderKLQwenImage
+from paravae.vae import comm
+from paravae.vae.comm import RankGroup
+from paravae.vae.pixels import to_uint8
+from paravae.vae.plan import plan_patches, plan_tiles
+from tests.builders import max_error, noise, pictures, rms_error, small_vae
+from tests.fault_cases import FAULT_CASES, error_of, expect
+from tests.ranks import Case, Rank
+
+TILES: dict[str, Any] = {
+    "tile_sample_min_height": 64,
+    "tile_sample_min_width": 64,
+    "tile_sample_stride_height": 48,
+    "tile_sample_stride_width": 48,
+}
+BOUNDS = {torch.float32: 2e-5, torch.float64: 1e-10}
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
+
+
+def digest(*tensors: Tensor) -> str:
+    """A name for exactly these values."""
+    hasher = hashlib.sha256()
+    for tensor in tensors:
+        hasher.update(str((tensor.shape, tensor.dtype)).encode())
+        hasher.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def parallel_vae(here: Rank, dtype: torch.dtype = torch.float32, **options: Any) -> AutoencoderKLQwenImage:
+    return small_vae(dtype, here.device, use_parallel_decode=True, **options)
+
+
+def alone(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
+    """The decode that this rank makes by itself, untiled."""
+    single = small_vae(vae.dtype, vae.device)
+    pixels = single.decode(latents)
+    assert single.last_choice is not None
+    assert (single.last_choice.mode, single.last_choice.ranks) == ("single", 1)
+    return pixels
+
+
+def latents_for(here: Rank, size: str, frames: int, batch: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    height, width = map(int, size.split("x"))
+    return noise(batch, 16, frames, height, width, dtype=dtype, device=here.device, seed=seed)
+
+
+def check_size(pixels: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
+    batch, _, frames, height, width = latents.shape
+    assert pixels.shape == (batch, 3, 4 * frames - 3, 8 * height, 8 * width)
+    assert pixels.dtype == dtype
+    assert pixels.device.type == latents.device.type
+
+
+def patch_equals_alone(here: Rank, size: str, frames: int, batch: int, dtype: str) -> str:
+    vae = parallel_vae(here, DTYPES[dtype])
+    latents = latents_for(here, size, frames, batch, vae.dtype)
+    pixels = vae.parallel_patch_decode(latents)
+    check_size(pixels, latents, vae.dtype)
+    assert pixels.std() > 0.05
+    assert max_error(pixels, alone(vae, latents)) <= BOUNDS[vae.dtype]
+    assert vae.last_choice is not None
+    assert vae.last_choice.mode == "patch"
+    assert vae.last_choice.grid[0] * vae.last_choice.grid[1] <= here.size
+    return digest(pixels)
+
+
+def tiled_equals_serial(here: Rank, size: str, frames: int, batch: int, dtype: str) -> str:
+    vae = parallel_vae(here, DTYPES[dtype], **TILES)
+    latents = latents_for(here, size, frames, batch, vae.dtype)
+    pixels = vae.parallel_tiled_decode(latents)
+    check_size(pixels, latents, vae.dtype)
+    assert vae.last_choice is not None
+    grid = vae.last_choice.grid
+    assert torch.equal(pixels, vae.tiled_decode(latents))
+    whole = alone(vae, latents)
+    if max(latents.shape[-2:]) <= 8:  # within one tile: no tiling at all
+        assert grid == (1, 1)
+        assert torch.equal(pixels, whole)
+    else:
+        assert grid[0] * grid[1] > 1
+        assert 0 < rms_error(pixels, whole) < 0.5 * float(whole.float().std()), "tiles are misplaced or not used"
+    return digest(pixels)
+
+
+def encode_equals_alone(here: Rank, size: str, frames: int, batch: int, dtype: str) -> str:
+    vae = parallel_vae(here, DTYPES[dtype])
+    height, width = map(int, size.split("x"))
+    pixels = pictures(batch, 3, frames, height, width, dtype=vae.dtype, device=here.device)
+    posterior = vae.encode(pixels)
+    truth = small_vae(vae.dtype, here.device).encode(pixels)
+    assert posterior.mean.shape == (batch, 16, 1 + (frames - 1) // 4, height // 8, width // 8)
+    assert posterior.mean.dtype == vae.dtype
+    assert posterior.mean.std() > 0.01
+    assert max_error(posterior.mean, truth.mean) <= BOUNDS[vae.dtype]
+    assert max_error(posterior.logvar, truth.logvar) <= BOUNDS[vae.dtype]
+    return digest(posterior.mean, posterior.logvar)
+
+
+def encode_alone_when_told(here: Rank) -> str:
+    vae = parallel_vae(here, use_parallel_encode=False)
+    if here.rank == 0:  # the others take no part, and are not waited for
+        vae.encode(pictures(1, 3, 1, 16, 16, device=here.device))
+    return "fine"
+
+
+def uint8_equals_float(here: Rank, mode: str) -> str:
+    on = mode != "off"
+    vae = small_vae(device=here.device, use_parallel_decode=on, parallel_decode_mode=mode if on else "auto", **TILES)
+    latents = latents_for(here, "9x20", 1, 1, torch.float32)
+    levels = vae.decode(latents, output_type="uint8")
+    check_size(levels, latents, torch.uint8)
+    assert torch.equal(levels, to_uint8(vae.decode(latents)))
+    assert len(levels.unique()) > 50
+    return digest(levels)
+
+
+def config_chooses_mode(here: Rank, mode: str, method: str) -> str:
+    vae = parallel_vae(here, parallel_decode_mode=mode, **TILES)
+    latents = latents_for(here, "9x20", 1, 1, torch.float32)
+    pixels = vae.decode(latents)
+    choice = vae.last_choice
+    assert choice is not None
+    assert (choice.mode, choice.ranks, choice.reason) == (method, here.size, "as configured")
+    assert torch.equal(pixels, getattr(vae, f"parallel_{method}_decode")(latents))
+    return digest(pixels)
+
+
+def auto_picks(here: Rank, size: str, limit_gib: float | None) -> tuple[Any, ...]:
+    vae = parallel_vae(here, memory_limit_gib=limit_gib, **TILES)
+    latents = latents_for(here, size, 1, 1, torch.float32)
+    pixels = vae.decode(latents)
+    choice = vae.last_choice
+    assert choice is not None
+    assert choice.ranks == here.size
+    if limit_gib is not None:
+        assert choice.mode == "tiled"
+        assert "GiB" in choice.reason
+        assert torch.equal(pixels, vae.tiled_decode(latents))
+    else:
+        assert choice.mode == ("single" if here.size == 1 or size == "1x1" else "patch")
+        assert "one rank" in choice.reason if here.size == 1 else f"busiest of {here.size} ranks" in choice.reason
+        assert max_error(pixels, alone(vae, latents)) <= 2e-5
+    return (*asdict(choice).values(), digest(pixels))
+
+
+def bf16_is_as_good(here: Rank) -> str:
+    """A patch decode in bf16 is no farther from the truth than one rank's decode in bf16."""
+    vae = parallel_vae(here, torch.bfloat16)
+    latents = latents_for(here, "16x16", 1, 1, torch.bfloat16)
+    truth = small_vae(torch.bfloat16, here.device).double().decode(latents.double())
+    pixels = vae.parallel_patch_decode(latents)
+    check_size(pixels, latents, torch.bfloat16)
+    assert rms_error(pixels, truth) <= 1.05 * rms_error(alone(vae, latents), truth)
+    return digest(pixels)
+
+
+def off_by_default(here: Rank) -> str:
+    """Without use_parallel_decode a rank decodes alone, whatever the others do."""
+    if here.rank == 0:
+        vae = small_vae(device=here.device, **TILES)
+        latents = latents_for(here, "9x9", 1, 1, torch.float32)
+        vae.decode(latents)
+        assert vae.last_choice is not None
+        assert (vae.last_choice.mode, vae.last_choice.ranks) == ("single", 1)
+        vae.tiled_decode(latents)
+        assert (vae.last_choice.mode, vae.last_choice.ranks) == ("tiled", 1)
+    return "fine"
+
+
+def progress_counts_up(here: Rank) -> str:
+    """Each rank is told of its own share, step by step: latent frames of its window, or of its tiles in turn."""
+    vae = parallel_vae(here, **TILES)
+    film, picture = (latents_for(here, size, frames, 1, torch.float32) for size, frames in (("9x14", 2), ("17x20", 1)))
+    pixels = pictures(1, 3, 5, 128, 16, device=here.device)
+    share = plan_tiles((17, 20), (8, 8), (6, 6)).tiles[here.rank :: here.size]  # six tiles, dealt evenly
+    for call, value, total in (
+        (vae.parallel_patch_decode, film, 2),
+        (vae.parallel_tiled_decode, picture, len(share)),
+        (vae.encode, pixels, 2),
+    ):
+        steps: list[tuple[int, int]] = []
+        call(value, on_progress=lambda done, total, steps=steps: steps.append((done, total)))
+        assert steps in ([(done + 1, total) for done in range(total)], []), steps
+        assert steps or here.rank > 0
+    return "fine"
+
+
+# ------------------------------------------------------------------------------------------------ subgroups
+
+
+def split_in_pairs(here: Rank) -> str:
+    """Two groups of two decode different latents at the same time."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = here.rank // 2
+    vae = parallel_vae(here, **TILES)
+    vae.set_parallel_group(pairs[mine])
+    assert (vae.parallel_group.rank, vae.parallel_group.size) == (here.rank % 2, 2)
+    latents = latents_for(here, ("5x7", "12x9")[mine], 1 + mine, 1, torch.float32, seed=mine)
+    for _ in range(3):
+        pixels = vae.parallel_patch_decode(latents)
+    assert max_error(pixels, alone(vae, latents)) <= 2e-5
+    assert torch.equal(vae.parallel_tiled_decode(latents), vae.tiled_decode(latents))
+    shared = RankGroup.of(pairs[mine]).all_gather(pixels)
+    assert torch.equal(shared[0], shared[1])
+    return "fine"
+
+
+def one_rank_outside(here: Rank) -> str:
+    """All ranks but rank 1 form a group; rank 1 may not join it, and decodes by itself meanwhile."""
+    members = [rank for rank in range(here.size) if rank != 1]
+    group = dist.new_group(members)
+    vae = parallel_vae(here)
+    latents = latents_for(here, "6x5", 1, 1, torch.float32, seed=int(here.rank == 1))
+    truth = alone(vae, latents)
+    if here.rank == 1:
+        error = error_of(lambda: vae.set_parallel_group(group))
+        expect(error, ValueError, "rank 1 of the world is not in the parallel group")
+        return "fine"
+    vae.set_parallel_group(group)
+    assert vae.parallel_group.rank == members.index(here.rank)
+    assert max_error(vae.parallel_patch_decode(latents), truth) <= 2e-5
+    assert vae.last_choice is not None
+    assert vae.last_choice.ranks == here.size - 1
+    return "fine"
+
+
+def group_of_one(here: Rank) -> str:
+    """A group of this rank only sends nothing: each rank decodes its own latents."""
+    groups = [dist.new_group([rank]) for rank in range(here.size)]
+    vae = parallel_vae(here)
+    vae.set_parallel_group(groups[here.rank])
+    latents = latents_for(here, f"3x{4 + here.rank}", 1, 1, torch.float32)
+    assert torch.equal(vae.parallel_patch_decode(latents), alone(vae, latents))
+    return "fine"
+
+
+# ----------------------------------------------------------------------------------------------- collectives
+
+
+def collectives_counted(here: Rank, method: str, agreements: int) -> str:
+    """One gather of data, of exactly the padded shards, besides small status rows; nothing else is called."""
+    vae = parallel_vae(here, **TILES)
+    latents = latents_for(here, "9x14", 2, 1, torch.float32)
+    pixels = pictures(1, 3, 1, 72, 112, device=here.device)
+
+    def call() -> None:
+        vae.encode(pixels) if method == "encode" else getattr(vae, method)(latents)
+
+    call()  # the first call also agrees on the memory that all have
+    gathers: list[int] = []
+    others: list[str] = []
+    original = comm._all_gather_single
+    names = [name for name in dir(dist) if name.startswith(("all_", "broadcast", "gather", "scatter", "reduce"))]
+    names += [
+        name for name in ("send", "recv", "isend", "irecv", "barrier", "monitored_barrier") if hasattr(dist, name)
+    ]
+    kept = {name: getattr(dist, name) for name in names if callable(getattr(dist, name))}
+
+    def counted(output: Tensor, shard: Tensor, **options: Any) -> Any:
+        gathers.append(shard.numel() * shard.element_size())
+        return original(output, shard, **options)
+
+    comm._all_gather_single = counted  # type: ignore[assignment]
+    for name in kept:
+        setattr(dist, name, lambda *_, name=name, **__: others.append(name))
+    try:
+        call()
+    finally:
+        comm._all_gather_single = original
+        for name, function in kept.items():
+            setattr(dist, name, function)
+    assert others == []
+    if here.size == 1:
+        assert gathers == []
+        return "fine"
+    data = [size for size in gathers if size != comm._ROW_BYTES]
+    assert len(gathers) - len(data) == agreements, gathers
+    assert data == [_shard_bytes(vae, method, here.size)], gathers
+    return "fine"
+
+
+def _shard_bytes(vae: AutoencoderKLQwenImage, method: str, ranks: int) -> int:
+    """Bytes of one rank's padded shard, by arithmetic of its own."""
+    if method == "encode":
+        rows, cols = plan_patches(vae.engine.encoder_stages, (72, 112), (9, 14), ranks).shard_size
+        return 32 * rows * cols * 4  # base_dim 8 x 4 channels, one frame, fp32
+    if method == "parallel_patch_decode":
+        rows, cols = plan_patches(vae.engine.decoder_stages, (9, 14), (9, 14), ranks).shard_size
+        return 3 * 5 * rows * cols * 4
+    most = -(-2 // ranks)  # 9 x 14 latents in tiles of at least 8, 6 apart: two of 9 x 8
+    return most * 3 * 5 * (8 * 9) * (8 * 8) * 4
+
+
+# ----------------------------------------------------------------------------------------------------- list
+
+
+def _cases() -> dict[str, tuple[int, Case]]:
+    """Name -> (fewest ranks it needs, the case)."""
+    cases: dict[str, tuple[int, Case]] = {}
+    for size, frames, batch, dtype in (
+        ("1x1", 1, 1, "fp32"),
+        ("1x5", 2, 2, "fp32"),
+        ("2x3", 3, 1, "fp64"),
+        ("5x7", 1, 2, "fp64"),
+        ("5x7", 3, 1, "fp32"),
+        ("16x16", 1, 1, "fp64"),
+        ("9x11", 2, 1, "fp32"),
+        ("33x20", 1, 2, "fp32"),
+        ("3x64", 1, 1, "fp64"),
+        ("64x3", 2, 1, "fp32"),
+    ):
+        case = partial(patch_equals_alone, size=size, frames=frames, batch=batch, dtype=dtype)
+        cases[f"patch-{size}-T{frames}-B{batch}-{dtype}"] = (1, case)
+    for size, frames, batch, dtype in (
+        ("1x1", 1, 1, "fp32"),
+        ("5x7", 2, 1, "fp32"),
+        ("8x14", 1, 1, "fp32"),
+        ("9x14", 2, 2, "fp32"),
+        ("33x20", 1, 1, "fp32"),
+        ("17x16", 1, 1, "fp64"),
+        ("16x16", 1, 2, "bf16"),
+    ):
+        case = partial(tiled_equals_serial, size=size, frames=frames, batch=batch, dtype=dtype)
+        cases[f"tiled-{size}-T{frames}-B{batch}-{dtype}"] = (1, case)
+    for size, frames, batch, dtype in (
+        ("8x8", 1, 1, "fp32"),
+        ("40x56", 5, 2, "fp32"),
+        ("24x16", 9, 1, "fp64"),
+        ("128x160", 1, 1, "fp64"),
+        ("8x264", 1, 2, "fp32"),
+    ):
+        case = partial(encode_equals_alone, size=size, frames=frames, batch=batch, dtype=dtype)
+        cases[f"encode-{size}-F{frames}-B{batch}-{dtype}"] = (1, case)
+    for mode in ("off", "auto", "patch", "tiled"):
+        cases[f"uint8-{mode}"] = (1, partial(uint8_equals_float, mode=mode))
+    for mode, method in (("patch", "patch"), ("spatial_shard", "patch"), ("tiled", "tiled")):
+        cases[f"config-{mode}"] = (1, partial(config_chooses_mode, mode=mode, method=method))
+    cases["auto-fits"] = (1, partial(auto_picks, size="33x20", limit_gib=None))
+    cases["auto-tiny"] = (1, partial(auto_picks, size="1x1", limit_gib=None))
+    cases["auto-little-memory"] = (1, partial(auto_picks, size="16x16", limit_gib=1e-4))
+    cases["bf16"] = (1, bf16_is_as_good)
+    cases["off-by-default"] = (1, off_by_default)
+    cases["encode-alone"] = (1, encode_alone_when_told)
+    cases["progress"] = (1, progress_counts_up)
+    for method, agreements in (("parallel_patch_decode", 1), ("parallel_tiled_decode", 1), ("encode", 2)):
+        case = partial(collectives_counted, method=method, agreements=agreements)
+        cases[f"collectives-{method}"] = (1, case)
+    cases["groups-of-one"] = (1, group_of_one)
+    cases["groups-one-outside"] = (2, one_rank_outside)
+    cases["groups-two-pairs"] = (4, split_in_pairs)
+    return cases | FAULT_CASES
+
+
+_CASES = _cases()
+
+
+def cases_for(size: int) -> dict[str, Case]:
+    """The cases that a world of ``size`` ranks can run. Pairs need exactly four."""
+    return {name: case for name, (fewest, case) in _CASES.items() if fewest <= size}

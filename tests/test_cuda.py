@@ -1,0 +1,180 @@
+"""One GPU: equal to diffusers there, as good in bf16, refusing NaN, and within the memory that is estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from paravae import AutoencoderKLQwenImage, QwenImageVAEArchConfig, QwenImageVAEConfig
+from paravae.vae import plan
+from paravae.vae.checks import FiniteCheck
+from paravae.vae.memory import device_bytes, estimated_bytes
+from paravae.vae.pixels import to_uint8
+from tests.builders import max_error, noise, perturb, pictures, rms_error, small_vae
+
+pytestmark = pytest.mark.cuda
+
+TILES: dict[str, Any] = {
+    "tile_sample_min_height": 64,
+    "tile_sample_min_width": 64,
+    "tile_sample_stride_height": 48,
+    "tile_sample_stride_width": 48,
+}
+
+
+@pytest.fixture(autouse=True)
+def full_fp32() -> Iterator[None]:
+    """fp32 means fp32: no TF32 in convolutions and matrix products."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@lru_cache(maxsize=2)
+def pair(base_dim: int) -> tuple[AutoencoderKLQwenImage, nn.Module]:
+    """Our model and diffusers' on the GPU in fp32, weights shared. Copy before changing the dtype."""
+    from diffusers import AutoencoderKLQwenImage as Qwen
+
+    torch.manual_seed(0)
+    reference = Qwen(base_dim=base_dim)
+    perturb(reference)
+    vae = AutoencoderKLQwenImage(QwenImageVAEConfig(arch_config=QwenImageVAEArchConfig(base_dim=base_dim)))
+    vae.load_state_dict(reference.state_dict())
+    return vae.cuda(), reference.cuda().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("base_dim", "size"), [(8, (5, 7)), (8, (33, 20)), (96, (16, 12))])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_decode_is_diffusers(base_dim: int, size: tuple[int, int], frames: int) -> None:
+    vae, reference = pair(base_dim)
+    latents = noise(1, 16, frames, *size, device="cuda")
+    truth = reference.decode(latents).sample
+    assert truth.std() > 0.05
+    assert max_error(vae.decode(latents), truth) <= 2e-5
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_encode_is_diffusers(frames: int) -> None:
+    vae, reference = pair(8)
+    pixels = pictures(2, 3, frames, 72, 40, device="cuda")
+    truth = reference.encode(pixels).latent_dist
+    posterior = vae.encode(pixels)
+    assert posterior.mean.is_cuda
+    assert max_error(posterior.mean, truth.mean) <= 2e-5
+    assert max_error(posterior.logvar, truth.logvar) <= 2e-5
+
+
+@pytest.mark.parametrize("base_dim", [8, 96])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_bf16_is_as_good_as_diffusers(base_dim: int, frames: int) -> None:
+    """Error against the fp32 decode: no larger than 1.05 times diffusers' own in bf16."""
+    vae, reference = pair(base_dim)
+    latents = noise(1, 16, frames, 32, 24, device="cuda").bfloat16()
+    truth = vae.decode(latents.float())
+    try:
+        ours = vae.bfloat16().decode(latents)
+        theirs = reference.bfloat16().decode(latents).sample
+    finally:
+        pair.cache_clear()  # the weights have been rounded
+    assert ours.dtype == torch.bfloat16
+    assert rms_error(theirs, truth) > 1e-4
+    assert rms_error(ours, truth) <= 1.05 * rms_error(theirs, truth)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["decode", "tiled_decode", "parallel_patch_decode"])
+def test_not_finite_is_refused(value: float, method: str) -> None:
+    """After the work is queued, yet before anything is returned; and the next decode is right."""
+    vae = small_vae(device="cuda", **TILES)
+    latents = noise(1, 16, 1, 9, 20, device="cuda")
+    spoilt = latents.clone()
+    spoilt[0, 5, 0, 8, 19] = value
+    with pytest.raises(ValueError, match=r"latents hold . NaN and . Inf among 2880 values"):
+        getattr(vae, method)(spoilt)
+    assert getattr(vae, method)(latents).isfinite().all()
+
+
+def test_finite_check_waits_only_when_asked() -> None:
+    spoilt = torch.full((4,), torch.nan, device="cuda")
+    check = FiniteCheck("latents", spoilt)
+    with pytest.raises(ValueError, match="latents hold 4 NaN and 0 Inf among 4 values"):
+        check.raise_if_not()
+    FiniteCheck("latents", torch.zeros(4, device="cuda")).raise_if_not()
+
+
+def test_where_latents_stand() -> None:
+    with pytest.raises(ValueError, match="latents are on cpu, the weights are on cuda"):
+        small_vae(device="cuda").decode(noise(1, 16, 1, 2, 2))
+
+
+@pytest.mark.parametrize("method", ["decode", "tiled_decode", "parallel_tiled_decode", "parallel_patch_decode"])
+def test_uint8_is_the_rounded_float(method: str) -> None:
+    vae = small_vae(device="cuda", **TILES)
+    decode: Callable[..., Tensor] = getattr(vae, method)
+    latents = noise(1, 16, 2, 9, 20, device="cuda")
+    levels = decode(latents, output_type="uint8")
+    assert levels.dtype == torch.uint8
+    assert levels.is_cuda
+    assert len(levels.unique()) > 50
+    assert torch.equal(levels, to_uint8(decode(latents)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_rank_in_every_mode(dtype: torch.dtype) -> None:
+    """Patch on one rank is the plain decode; parallel tiles are the serial ones; a picture in one tile is whole."""
+    vae = small_vae(dtype, "cuda", **TILES)
+    latents = noise(2, 16, 2, 9, 20, dtype=dtype, device="cuda")
+    whole = vae.decode(latents)
+    assert torch.equal(vae.parallel_patch_decode(latents), whole)
+    tiled = vae.tiled_decode(latents)
+    assert torch.equal(vae.parallel_tiled_decode(latents), tiled)
+    assert 0 < rms_error(tiled, whole) < 0.5 * float(whole.float().std())
+    small = latents[..., :8, :8].contiguous()
+    assert torch.equal(vae.tiled_decode(small), vae.decode(small))
+
+
+def test_gpu_and_cpu_agree() -> None:
+    """The same weights and latents, the same pixels, in fp64."""
+    latents = noise(1, 16, 2, 5, 7, dtype=torch.float64)
+    on_gpu = small_vae(torch.float64, "cuda").decode(latents.cuda()).cpu()
+    assert max_error(on_gpu, small_vae(torch.float64).decode(latents)) <= 1e-6  # upsampling rounds to fp32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("what", ["decode", "encode"])
+def test_peak_memory_is_within_the_estimate(what: str, frames: int, dtype: torch.dtype) -> None:
+    """The full-size model on 512 x 512 pixels: what the estimate says is enough, and not wildly too much."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        vae = AutoencoderKLQwenImage()
+    vae.to(dtype)
+    engine = vae.engine
+    value = noise(1, 16, frames, 64, 64, dtype=dtype, device="cuda")
+    stages, sides = engine.decoder_stages, (64, 64)
+    if what == "encode":
+        value = pictures(1, 3, 4 * frames - 3, 512, 512, dtype=dtype, device="cuda")
+        stages, sides = engine.encoder_stages, (512, 512)
+    getattr(vae, what)(value[..., : sides[0] // 8 * 2, : sides[1] // 8 * 2])  # libraries take their workspaces
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    getattr(vae, what)(value)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    estimate = estimated_bytes(stages, plan.whole(stages, *sides), 1 if frames == 1 else 4, dtype, 1)
+    print(f"{what} {frames} latent frames {dtype}: peak {peak / 2**20:.0f} MiB, estimate {estimate / 2**20:.0f} MiB")
+    assert peak <= estimate
+    assert estimate <= 6 * peak
+
+
+def test_device_bytes() -> None:
+    assert device_bytes(torch.device("cuda", 0)) == torch.cuda.get_device_properties(0).total_memory
+    assert device_bytes(torch.device("cuda", 0)) > torch.cuda.mem_get_info(0)[0]
