@@ -18,7 +18,7 @@ def estimated_bytes(stages: Stages, trace: Sequence[Window], frames: int, dtype:
     At the largest activation there live at once: its input, output and shortcut in ``dtype``, and the norm's
     copies in at least fp32. A stream of several latent frames runs ``frames`` = temporal_ratio of them at a time,
     keeps two more for each of the seven convolutions of that level, and copies them together for each convolution,
-    whose 3-D kernels take as much again to work in. Measured on an H200 at 512 x 512: 0.6 to 0.9 of the estimate.
+    whose 3-D kernels take as much again to work in. Measured on an H200 at 512 x 512: 0.6 to 0.9 of this.
     """
     narrow = dtype.itemsize
     wide = max(narrow, 4)
