@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -34,6 +35,8 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
+    if stated := os.environ.get("PARAVAE_COMMIT"):  # where the code was copied without its history
+        return stated
     here = Path(__file__).parent
     try:
         done = subprocess.run(

@@ -42,7 +42,7 @@ def tiny() -> str:
     psnr = report["psnr_db_512"]
     return (
         f"`paravae-tiny`: base_dim {report['base_dim']}, {report['parameters'] / 1e6:.1f} M parameters, trained on "
-        f"{report['train_pictures']} photographs that Python and Debian packages ship (`training/pictures.py` names "
+        f"{report['train_pictures']} photographs that Python and Debian packages ship (`training/sources.py` names "
         f"them and their licences) for {report['steps']:,} steps, {report['minutes']:g} minutes of one "
         f"{report['device']}. On {psnr['pictures']} held-out photographs at 512x512 it reaches "
         f"**{psnr['mean']:.1f} dB** PSNR on average ({psnr['least']:.1f} dB on the hardest).\n"

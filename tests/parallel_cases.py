@@ -11,24 +11,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from paravae import AutoencoderKLQwenImage
-from paravae.vae import comm
-from paravae.vae.comm import RankGroup
 from paravae.vae.pixels import to_uint8
-from paravae.vae.plan import plan_patches, plan_tiles
-from tests.builders import max_error, noise, pictures, rms_error, small_vae
-from tests.fault_cases import FAULT_CASES, error_of, expect
+from paravae.vae.plan import plan_tiles
+from tests.builders import max_error, pictures, rms_error, small_vae
+from tests.case_tools import TILES, alone, latents_for, parallel_vae
+from tests.fault_cases import FAULT_CASES
+from tests.group_cases import GROUP_CASES
 from tests.ranks import Case, Rank
 
-TILES: dict[str, Any] = {
-    "tile_sample_min_height": 64,
-    "tile_sample_min_width": 64,
-    "tile_sample_stride_height": 48,
-    "tile_sample_stride_width": 48,
-}
 BOUNDS = {torch.float32: 2e-5, torch.float64: 1e-10}
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 
@@ -40,24 +32,6 @@ def digest(*tensors: Tensor) -> str:
         hasher.update(str((tensor.shape, tensor.dtype)).encode())
         hasher.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
     return hasher.hexdigest()
-
-
-def parallel_vae(here: Rank, dtype: torch.dtype = torch.float32, **options: Any) -> AutoencoderKLQwenImage:
-    return small_vae(dtype, here.device, use_parallel_decode=True, **options)
-
-
-def alone(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
-    """The decode that this rank makes by itself, untiled."""
-    single = small_vae(vae.dtype, vae.device)
-    pixels = single.decode(latents)
-    assert single.last_choice is not None
-    assert (single.last_choice.mode, single.last_choice.ranks) == ("single", 1)
-    return pixels
-
-
-def latents_for(here: Rank, size: str, frames: int, batch: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    height, width = map(int, size.split("x"))
-    return noise(batch, 16, frames, height, width, dtype=dtype, device=here.device, seed=seed)
 
 
 def check_size(pixels: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
@@ -201,112 +175,6 @@ def progress_counts_up(here: Rank) -> str:
     return "fine"
 
 
-# ------------------------------------------------------------------------------------------------ subgroups
-
-
-def split_in_pairs(here: Rank) -> str:
-    """Two groups of two decode different latents at the same time."""
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    mine = here.rank // 2
-    vae = parallel_vae(here, **TILES)
-    vae.set_parallel_group(pairs[mine])
-    assert (vae.parallel_group.rank, vae.parallel_group.size) == (here.rank % 2, 2)
-    latents = latents_for(here, ("5x7", "12x9")[mine], 1 + mine, 1, torch.float32, seed=mine)
-    for _ in range(3):
-        pixels = vae.parallel_patch_decode(latents)
-    assert max_error(pixels, alone(vae, latents)) <= 2e-5
-    assert torch.equal(vae.parallel_tiled_decode(latents), vae.tiled_decode(latents))
-    shared = RankGroup.of(pairs[mine]).all_gather(pixels)
-    assert torch.equal(shared[0], shared[1])
-    return "fine"
-
-
-def one_rank_outside(here: Rank) -> str:
-    """All ranks but rank 1 form a group; rank 1 may not join it, and decodes by itself meanwhile."""
-    members = [rank for rank in range(here.size) if rank != 1]
-    group = dist.new_group(members)
-    vae = parallel_vae(here)
-    latents = latents_for(here, "6x5", 1, 1, torch.float32, seed=int(here.rank == 1))
-    truth = alone(vae, latents)
-    if here.rank == 1:
-        error = error_of(lambda: vae.set_parallel_group(group))
-        expect(error, ValueError, "rank 1 of the world is not in the parallel group")
-        return "fine"
-    vae.set_parallel_group(group)
-    assert vae.parallel_group.rank == members.index(here.rank)
-    assert max_error(vae.parallel_patch_decode(latents), truth) <= 2e-5
-    assert vae.last_choice is not None
-    assert vae.last_choice.ranks == here.size - 1
-    return "fine"
-
-
-def group_of_one(here: Rank) -> str:
-    """A group of this rank only sends nothing: each rank decodes its own latents."""
-    groups = [dist.new_group([rank]) for rank in range(here.size)]
-    vae = parallel_vae(here)
-    vae.set_parallel_group(groups[here.rank])
-    latents = latents_for(here, f"3x{4 + here.rank}", 1, 1, torch.float32)
-    assert torch.equal(vae.parallel_patch_decode(latents), alone(vae, latents))
-    return "fine"
-
-
-# ----------------------------------------------------------------------------------------------- collectives
-
-
-def collectives_counted(here: Rank, method: str, agreements: int) -> str:
-    """One gather of data, of exactly the padded shards, besides small status rows; nothing else is called."""
-    vae = parallel_vae(here, **TILES)
-    latents = latents_for(here, "9x14", 2, 1, torch.float32)
-    pixels = pictures(1, 3, 1, 72, 112, device=here.device)
-
-    def call() -> None:
-        vae.encode(pixels) if method == "encode" else getattr(vae, method)(latents)
-
-    call()  # the first call also agrees on the memory that all have
-    gathers: list[int] = []
-    others: list[str] = []
-    original = comm._all_gather_single
-    names = [name for name in dir(dist) if name.startswith(("all_", "broadcast", "gather", "scatter", "reduce"))]
-    names += [
-        name for name in ("send", "recv", "isend", "irecv", "barrier", "monitored_barrier") if hasattr(dist, name)
-    ]
-    kept = {name: getattr(dist, name) for name in names if callable(getattr(dist, name))}
-
-    def counted(output: Tensor, shard: Tensor, **options: Any) -> Any:
-        gathers.append(shard.numel() * shard.element_size())
-        return original(output, shard, **options)
-
-    comm._all_gather_single = counted  # type: ignore[assignment]
-    for name in kept:
-        setattr(dist, name, lambda *_, name=name, **__: others.append(name))
-    try:
-        call()
-    finally:
-        comm._all_gather_single = original
-        for name, function in kept.items():
-            setattr(dist, name, function)
-    assert others == []
-    if here.size == 1:
-        assert gathers == []
-        return "fine"
-    data = [size for size in gathers if size != comm._ROW_BYTES]
-    assert len(gathers) - len(data) == agreements, gathers
-    assert data == [_shard_bytes(vae, method, here.size)], gathers
-    return "fine"
-
-
-def _shard_bytes(vae: AutoencoderKLQwenImage, method: str, ranks: int) -> int:
-    """Bytes of one rank's padded shard, by arithmetic of its own."""
-    if method == "encode":
-        rows, cols = plan_patches(vae.engine.encoder_stages, (72, 112), (9, 14), ranks).shard_size
-        return 32 * rows * cols * 4  # base_dim 8 x 4 channels, one frame, fp32
-    if method == "parallel_patch_decode":
-        rows, cols = plan_patches(vae.engine.decoder_stages, (9, 14), (9, 14), ranks).shard_size
-        return 3 * 5 * rows * cols * 4
-    most = -(-2 // ranks)  # 9 x 14 latents in tiles of at least 8, 6 apart: two of 9 x 8
-    return most * 3 * 5 * (8 * 9) * (8 * 8) * 4
-
-
 # ----------------------------------------------------------------------------------------------------- list
 
 
@@ -358,13 +226,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
     cases["off-by-default"] = (1, off_by_default)
     cases["encode-alone"] = (1, encode_alone_when_told)
     cases["progress"] = (1, progress_counts_up)
-    for method, agreements in (("parallel_patch_decode", 1), ("parallel_tiled_decode", 1), ("encode", 2)):
-        case = partial(collectives_counted, method=method, agreements=agreements)
-        cases[f"collectives-{method}"] = (1, case)
-    cases["groups-of-one"] = (1, group_of_one)
-    cases["groups-one-outside"] = (2, one_rank_outside)
-    cases["groups-two-pairs"] = (4, split_in_pairs)
-    return cases | FAULT_CASES
+    return cases | GROUP_CASES | FAULT_CASES
 
 
 _CASES = _cases()

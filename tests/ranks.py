@@ -52,7 +52,7 @@ def run_ranks(
     finished after ``timeout_s`` are killed, and the cases they owe are reported as such.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "tests.fault_cases", "tests.parallel_cases"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "tests.parallel_cases"])
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)

@@ -1,192 +1,20 @@
-"""The commands, as a user types them: flags, results, errors, alone and under torchrun."""
+"""The commands decode and encode, as a user types them: results and errors."""
 
 from __future__ import annotations
-
-import argparse
-import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
-from paravae import AutoencoderKLQwenImage, QwenImageVAEConfig, RankError, VAEConfig
-from paravae.configs.cli import add_vae_flags, flag_fields, flag_name, vae_config_from
+from paravae import RankError
+from paravae.configs.cli import flag_name
 from paravae.launch import decode as decode_command
-from paravae.launch.cli import main
 from paravae.launch.errors import status_of
 from paravae.vae.pixels import from_uint8
-from tests.builders import noise, small_vae
-
-ROOT = Path(__file__).parent.parent
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A folder to work in, with a model, latents and pictures, good and bad."""
-
-    folder: Path
-    vae: AutoencoderKLQwenImage
-    latents: Tensor
-
-    def path(self, name: str) -> str:
-        return str(self.folder / name)
-
-    def decode(self, *flags: str, latents: str = "z.safetensors", output: str = "out/x.png") -> int:
-        files = ["--latents", self.path(latents), "--output", self.path(output)]
-        return main(["decode", *files, "--model", self.path("model"), "--device", "cpu", *flags])
-
-    def encode(self, *flags: str, picture: str = "p.png", output: str = "out/e.safetensors") -> int:
-        files = ["--input", self.path(picture), "--output", self.path(output)]
-        return main(["encode", *files, "--model", self.path("model"), "--device", "cpu", *flags])
-
-    def written(self) -> list[str]:
-        return sorted(entry.name for entry in (self.folder / "out").iterdir())
-
-    def picture(self, name: str) -> np.ndarray:
-        return np.asarray(Image.open(self.folder / "out" / name))
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    folder = tmp_path_factory.mktemp("cli")
-    vae, latents = small_vae(), noise(1, 16, 1, 12, 9)
-    vae.save_pretrained(folder / "model")
-    plain = {"normalized": "false"}
-    save_file({"latents": latents}, folder / "z.safetensors", metadata=plain)
-    save_file({"latents": noise(1, 16, 2, 4, 6)}, folder / "video.safetensors", metadata=plain)
-    save_file({"latents": noise(1, 16, 1, 4, 4)}, folder / "unsaid.safetensors")
-    save_file({"latents": noise(1, 4, 1, 4, 4)}, folder / "thin.safetensors", metadata=plain)
-    save_file({"latents": latents * torch.nan}, folder / "nan.safetensors", metadata=plain)
-    save_file({"latents": latents / 0}, folder / "inf.safetensors", metadata=plain)
-    torch.save({"latents": latents}, folder / "pickle.safetensors")
-    (folder / "cut.safetensors").write_bytes((folder / "z.safetensors").read_bytes()[:-9])
-    levels = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
-    Image.fromarray(levels).save(folder / "p.png")
-    Image.fromarray(levels[:45, :37]).save(folder / "odd.png")
-    (folder / "text.png").write_text("no picture")
-    _broken_models(folder)
-    return Bench(folder, vae, latents)
-
-
-def _broken_models(folder: Path) -> None:
-    config = (folder / "model" / "config.json").read_text()
-    weights = (folder / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
-    for name, stated in (
-        ("cut", config),
-        ("foreign", config.replace("AutoencoderKLQwenImage", "UNet")),
-        ("pickled", config),
-    ):
-        (folder / f"model-{name}").mkdir()
-        (folder / f"model-{name}" / "config.json").write_text(stated)
-    (folder / "model-cut" / "diffusion_pytorch_model.safetensors").write_bytes(weights[: len(weights) // 2])
-    (folder / "model-pickled" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04")
-
-
-@pytest.fixture
-def bench(stock: Bench, tmp_path: Path) -> Bench:
-    """The stock, seen from a folder with an empty ``out``."""
-    for entry in stock.folder.iterdir():
-        (tmp_path / entry.name).symlink_to(entry)
-    (tmp_path / "out").mkdir()
-    return replace(stock, folder=tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------------- flags
-
-
-def parsed(*flags: str) -> VAEConfig:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_vae_flags(parser, QwenImageVAEConfig)
-    return vae_config_from(parser.parse_args(flags), QwenImageVAEConfig)
-
-
-def test_flags_and_fields_are_one_to_one() -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    add_vae_flags(parser, QwenImageVAEConfig)
-    flags = [option for action in parser._actions for option in action.option_strings]
-    own = [field.name for field in fields(QwenImageVAEConfig) if field.name != "arch_config"]
-    assert flags == [f"--vae-config.{name.replace('_', '-')}" for name in own]
-    assert parsed() == QwenImageVAEConfig()
-
-
-def test_each_flag_sets_its_field_and_no_other() -> None:
-    values = {"tile_sample_stride_height": "64", "tile_sample_stride_width": "64", "memory_limit_gib": "1.5"}
-    for field in flag_fields(QwenImageVAEConfig):
-        if field.name == "parallel_decode_mode":
-            text, value = "patch", "patch"
-        elif isinstance(field.default, bool):
-            text, value = str(not field.default).lower(), not field.default
-        else:
-            text = values.get(field.name, "320")
-            value = float(text) if "." in text else int(text)
-        expected = replace(QwenImageVAEConfig(), **{field.name: value})
-        assert parsed(flag_name(field.name), text) == expected
-        assert parsed(f"{flag_name(field.name)}={text}") == expected
-
-
-def test_help_shows_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as leaving:
-        main(["decode", "--help"])
-    assert leaving.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for field in flag_fields(QwenImageVAEConfig):
-        assert flag_name(field.name) in text
-        assert " ".join(field.metadata["help"].split()) in text
-    assert "largest step between tiles, in pixels down (default: 192)" in text
-    assert "share each decode among the ranks of the parallel group (default: false)" in text
-    assert "build and load the encoder (default: false)" in text  # a decode needs none
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"), [((), True), (("true",), True), (("True",), True), (("false",), False), (("FALSE",), False)]
-)
-def test_a_switch_stands_bare_or_has_a_value(value: tuple[str, ...], expected: bool) -> None:
-    assert parsed("--vae-config.use-parallel-decode", *value).use_parallel_decode is expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--vae-config.nosuch"], "unrecognized arguments: --vae-config.nosuch"),
-        (["--vae-config.use-parallel"], "unrecognized arguments: --vae-config.use-parallel"),  # no abbreviations
-        (["--vae-config.parallel-decode-mode", "fast"], "--vae-config.parallel-decode-mode: invalid choice: 'fast'"),
-        (["--vae-config.use-parallel-decode", "yes"], "--vae-config.use-parallel-decode: got 'yes', needs true or"),
-        (["--vae-config.tile-sample-min-width", "1.5"], "--vae-config.tile-sample-min-width: got '1.5', needs a whole"),
-        (["--vae-config.tile-sample-min-width", "100"], "(--vae-config.tile-sample-min-width) is 100 pixels, needs a"),
-        (["--vae-config.tile-sample-stride-height", "264"], "lower --vae-config.tile-sample-stride-height"),
-        (["--vae-config.memory-limit-gib", "lots"], "--vae-config.memory-limit-gib: got 'lots', needs a number"),
-        (["--vae-config.memory-limit-gib", "0"], "memory_limit_gib is 0.0, needs a positive number"),
-        (["--vae-config.load-encoder", "--vae-config.load-decoder", "false"], "needs the decoder"),
-        (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-        (["--height"], "--height: expected one argument"),
-    ],
-)
-def test_a_wrong_flag_is_named(bench: Bench, capsys: pytest.CaptureFixture[str], flags: list[str], words: str) -> None:
-    assert bench.decode(*flags) == 2
-    expect_one_line(capsys.readouterr().err, words)
-    assert bench.written() == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [([], "COMMAND"), (["fly"], "'fly'"), (["decode"], "--latents, --output"), (["encode"], "--input, --output")],
-)
-def test_a_wrong_command_says_what_is_needed(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
-) -> None:
-    assert main(arguments) == 2
-    expect_one_line(capsys.readouterr().err, words)
-
-
-# --------------------------------------------------------------------------------------------- decode and encode
+from tests.builders import small_vae
+from tests.command_bench import Bench, expect_one_line
 
 
 def test_a_decode_writes_what_the_model_gives(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,17 +76,6 @@ def test_cropping_is_asked_for(bench: Bench, capsys: pytest.CaptureFixture[str])
     expect_one_line(capsys.readouterr().err, "odd.png is 37 x 45", "multiples of 8", "--crop", "to 32 x 40")
     assert bench.encode("--crop", picture="odd.png") == 0
     assert load_file(bench.path("out/e.safetensors"))["latents"].shape == (1, 16, 1, 5, 4)
-
-
-# --------------------------------------------------------------------------------------------------------- faults
-
-
-def expect_one_line(stderr: str, *words: str) -> None:
-    """One line of error, and nothing like a traceback."""
-    errors = [line for line in stderr.splitlines() if line.startswith("paravae: error: ")]
-    assert len(errors) == 1, stderr
-    for word in words:
-        assert word in errors[0]
 
 
 @pytest.mark.parametrize(
@@ -367,89 +184,3 @@ def test_a_failure_is_not_the_users_fault(
 def test_an_error_of_another_rank_has_its_status() -> None:
     assert status_of(RankError("rank 1 failed", rank=1, input_error=True)) == 2
     assert status_of(RankError("rank 1 failed", rank=1, input_error=False)) == 1
-
-
-# ------------------------------------------------------------------------------------------------------- torchrun
-
-
-def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``torchrun --nproc-per-node RANKS -m paravae ...``"""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launcher, "-m", "paravae", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-PATCH = ("--device", "cpu", "--vae-config.use-parallel-decode", "--vae-config.parallel-decode-mode", "patch")
-
-
-def test_three_ranks_write_the_picture_of_one(bench: Bench) -> None:
-    assert bench.decode(output="out/one.png") == 0
-    files = ("--latents", bench.path("z.safetensors"), "--output", bench.path("out/three.png"))
-    ended = torchrun(3, "decode", *files, "--model", bench.path("model"), *PATCH)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("\n") == 1
-    assert "patch, 3 x 1 windows on 3 ranks" in ended.stdout
-    assert bench.written() == ["one.png", "three.png"]
-    difference = abs(bench.picture("one.png").astype(int) - bench.picture("three.png").astype(int))
-    assert difference.max() <= 1
-    assert (difference > 0).mean() <= 1e-4
-
-
-@pytest.mark.parametrize(
-    ("latents", "output", "words"),
-    [
-        ("cut.safetensors", "out/x.png", "is not a whole safetensors file"),  # all ranks see it
-        ("z.safetensors", "nodir/x.png", "there is no folder"),  # rank 0 sees it
-    ],
-)
-def test_ranks_fail_together_and_say_so_once(bench: Bench, latents: str, output: str, words: str) -> None:
-    files = ("--latents", bench.path(latents), "--output", bench.path(output))
-    ended = torchrun(2, "decode", *files, "--model", bench.path("model"), *PATCH)
-    assert ended.returncode != 0
-    expect_one_line(ended.stderr, words)
-    assert ended.stderr.count("exitcode  : 2 ") == 2, ended.stderr  # torchrun's own report of both ranks
-    assert bench.written() == []
-
-
-# ----------------------------------------------------------------------------------------------------------- demo
-
-
-def test_the_demo_measures_what_it_writes(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = bench.folder / "out" / "demo"
-    flags = ["--picture", bench.path("odd.png"), "--model", bench.path("model"), "--output", str(folder)]
-    assert main(["demo", *flags]) == 0
-    results = json.loads((folder / "demo.json").read_text())
-    assert [(row["name"], row["ranks"]) for row in results["decodes"]] == [
-        ("one rank", 1),
-        ("tiled", 2),
-        ("patch", 2),
-        ("auto", 2),
-    ]
-    reference = np.asarray(Image.open(folder / "one-rank.png")).astype(int)
-    for row in results["decodes"]:
-        picture = np.asarray(Image.open(folder / row["file"]))
-        assert picture.shape == (40, 32, 3)
-        assert abs(picture - reference).max() == row["max_error"]
-    patch = results["decodes"][2]
-    assert patch["max_error"] <= 1
-    assert patch["mode"] == "patch"
-    assert Image.open(folder / "figure.png").width > 1000
-    assert "| patch |" in (folder / "table.md").read_text()
-    assert str(folder / "figure.png") in "".join(capsys.readouterr().out.split("\n"))
-
-
-def test_a_demo_that_cannot_be_says_why(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--ranks", "0", "--output", bench.path("out/d")]) == 2
-    expect_one_line(capsys.readouterr().err, "--ranks is 0, needs at least 1")
-    assert main(["demo", "--output", bench.path("nodir/d")]) == 2
-    expect_one_line(capsys.readouterr().err, "nodir")
-    flags = ["--ranks", "1", "--model", bench.path("model-cut"), "--output", bench.path("out/d")]
-    assert main(["demo", *flags]) == 2
-    expect_one_line(capsys.readouterr().err, "is not a whole safetensors file")
