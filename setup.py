@@ -9,7 +9,6 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "paravae/__init__.py").read_text(encoding="utf-8")).group(1)
 
 video = ["imageio-ffmpeg>=0.4.9"]
-bench = ["diffusers>=0.42"]
 test = [
     "diffusers==0.42.0",
     "hypothesis>=6.100",
@@ -20,6 +19,7 @@ test = [
     *video,
 ]
 train = ["scikit-image>=0.22", "scikit-learn>=1.4"]
+bench = ["diffusers>=0.42", *train]
 
 setup(
     name="paravae",

@@ -15,6 +15,7 @@ from paravae import AutoencoderKLQwenImage, RankError
 from paravae.vae.engines.base import Engine
 from paravae.vae.plan import Window
 from tests.builders import max_error, noise, pictures, small_vae
+from tests.case_tools import TILE_FITS_GIB, TILES
 from tests.ranks import Case, Rank
 
 PROMPT_S = 10.0
@@ -217,14 +218,16 @@ def bad_input(here: Rank) -> str:
 
 def over_memory_limit(here: Rank) -> str:
     """Exact decodes over the limit are refused on every rank; tiles, and what fits, are not."""
-    vae = _vae(here, parallel_decode_mode="patch", memory_limit_gib=1e-4)
-    latents = noise(1, 16, 1, 8, 8, device=here.device)
-    pixels = pictures(1, 3, 1, 64, 64, device=here.device)
-    words = ("[1, 16, 1, 8, 8]", "GiB", "memory_limit_gib", "tiled")
+    vae = _vae(here, parallel_decode_mode="patch", memory_limit_gib=TILE_FITS_GIB, **TILES)
+    latents = noise(1, 16, 1, 20, 20, device=here.device)
+    pixels = pictures(1, 3, 1, 256, 256, device=here.device)
+    words = ("[1, 16, 1, 20, 20]", "GiB", "memory_limit_gib", "tiled")
     expect(error_of(lambda: vae.decode(latents)), ValueError, *words)
     expect(error_of(lambda: vae.parallel_patch_decode(latents)), ValueError, *words)
-    expect(error_of(lambda: vae.encode(pixels)), ValueError, "[1, 3, 1, 64, 64]", "GiB", "memory_limit_gib")
-    assert torch.equal(vae.parallel_tiled_decode(latents), small_vae(device=here.device).decode(latents))
+    expect(error_of(lambda: vae.encode(pixels)), ValueError, "[1, 3, 1, 256, 256]", "GiB", "memory_limit_gib")
+    assert torch.equal(vae.parallel_tiled_decode(latents), small_vae(device=here.device, **TILES).tiled_decode(latents))
+    vae.config = replace(vae.config, memory_limit_gib=TILE_FITS_GIB / 2)
+    expect(error_of(lambda: vae.parallel_tiled_decode(latents)), ValueError, "this tiled decode", *words)
     vae.config = replace(vae.config, memory_limit_gib=8.0)
     still_works(vae)
     return "fine"
@@ -232,9 +235,9 @@ def over_memory_limit(here: Rank) -> str:
 
 def memory_limits_differ(here: Rank) -> str:
     """The least of the ranks' limits holds on all; one rank that changes its limit alone is told, not left waiting."""
-    latents = noise(1, 16, 1, 8, 8, device=here.device)
-    least = 1e-4 if here.rank == here.size - 1 else 8.0
-    vae = _vae(here, memory_limit_gib=least)
+    latents = noise(1, 16, 1, 20, 20, device=here.device)
+    least = TILE_FITS_GIB if here.rank == here.size - 1 else 8.0
+    vae = _vae(here, memory_limit_gib=least, **TILES)
     vae.decode(latents)
     assert vae.last_choice is not None
     assert vae.last_choice.mode == "tiled"

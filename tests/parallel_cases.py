@@ -16,7 +16,7 @@ from torch import Tensor
 from paravae.vae.pixels import to_uint8
 from paravae.vae.plan import plan_tiles
 from tests.builders import max_error, pictures, rms_error, small_vae
-from tests.case_tools import TILES, alone, latents_for, parallel_vae
+from tests.case_tools import TILE_FITS_GIB, TILES, alone, latents_for, parallel_vae
 from tests.fault_cases import FAULT_CASES
 from tests.group_cases import GROUP_CASES
 from tests.ranks import Case, Rank
@@ -221,7 +221,7 @@ def _cases() -> dict[str, tuple[int, Case]]:
         cases[f"config-{mode}"] = (1, partial(config_chooses_mode, mode=mode, method=method))
     cases["auto-fits"] = (1, partial(auto_picks, size="33x20", limit_gib=None))
     cases["auto-tiny"] = (1, partial(auto_picks, size="1x1", limit_gib=None))
-    cases["auto-little-memory"] = (1, partial(auto_picks, size="16x16", limit_gib=1e-4))
+    cases["auto-little-memory"] = (1, partial(auto_picks, size="20x20", limit_gib=TILE_FITS_GIB))
     cases["bf16"] = (1, bf16_is_as_good)
     cases["off-by-default"] = (1, off_by_default)
     cases["encode-alone"] = (1, encode_alone_when_told)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -25,6 +25,15 @@ def estimated_bytes(stages: Stages, trace: Sequence[Window], frames: int, dtype:
     frame_bytes = 4 * narrow + 3 * wide
     stream_bytes = 0 if frames == 1 else 14 * narrow + 2 * (frames + 2) * narrow
     return batch * peak_elements(stages, trace) * (frames * frame_bytes + stream_bytes)
+
+
+def needed_bytes(
+    stages: Stages, traces: Iterable[Sequence[Window]], frames: int, dtype: torch.dtype, batch: int, result_values: int
+) -> int:
+    """The most that any of ``traces`` takes (``estimated_bytes``), and what a result of ``result_values`` numbers in
+    all is put together from: gathered shards, the sum of tiles in fp32, the result itself."""
+    work = max(estimated_bytes(stages, trace, frames, dtype, batch) for trace in traces)
+    return work + result_values * (2 * dtype.itemsize + 4)
 
 
 def device_bytes(device: torch.device) -> int:

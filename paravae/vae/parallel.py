@@ -7,7 +7,7 @@ published models. Every rank of the parallel group calls with the same tensors a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from paravae.vae.checks import FiniteCheck, check_half, check_latents, check_out
 from paravae.vae.choice import DecodeChoice, auto_mode
 from paravae.vae.comm import RankGroup
 from paravae.vae.engines.base import Engine
-from paravae.vae.memory import GIB, device_bytes, estimated_bytes
+from paravae.vae.memory import GIB, device_bytes, needed_bytes
 from paravae.vae.pixels import to_uint8
 from paravae.vae.plan import PatchPlan, TilePlan, Window
 from paravae.vae.posterior import Posterior
@@ -217,7 +217,7 @@ class ParallelTiledVAE(nn.Module):
             cells = (height // ratio, width // ratio)
             stages = self.engine.encoder_stages
             patches = plan.plan_patches(stages, (height, width), cells, ranks.size)
-            self._refuse_over_budget(stages, patches, pixels, budget, "encode")
+            _refuse_over_budget("encode", pixels, self._encode_bytes(pixels, patches), budget)
             shard = self._encode_window(pixels, patches, ranks.rank, on_progress)
             finite.raise_if_not()
         features = paste(ranks.all_gather(shard), patches.outputs, *cells)
@@ -226,8 +226,7 @@ class ParallelTiledVAE(nn.Module):
 
     def _encode_window(self, pixels: Tensor, patches: PatchPlan, rank: int, on_progress: Progress | None) -> Tensor:
         """Features of one rank's window, [B, C, T, rows, cols], padded to the common shape."""
-        arch = self.config.arch_config
-        lat_frames = 1 + (pixels.shape[2] - 1) // arch.temporal_ratio
+        lat_frames = self._lat_frames(pixels)
         size = (pixels.shape[0], self.engine.feature_channels, lat_frames, *patches.shard_size)
         shard = pixels.new_zeros(size)
         trace = patches.traces[rank]
@@ -267,18 +266,23 @@ class ParallelTiledVAE(nn.Module):
             mode = config.exact_mode if config.use_parallel_decode else alone
         patches = self._patch_plan(latents, ranks if mode != "single" else RankGroup.alone())
         if mode == "auto":
-            needed = self._bytes_needed(self.engine.decoder_stages, patches, latents)
+            needed = self._decode_bytes(latents, patches.traces)
             mode, reason = auto_mode(ranks.size, self._share(latents, patches), needed, budget)
         else:
             reason = "the method called" if asked else "as configured"
         if mode == "tiled":
             tiles = self._tile_plan(latents)
             rows = len({tile.rows for tile in tiles.tiles})
+            one_tile = plan.whole(self.engine.decoder_stages, *tiles.tile)
+            _refuse_over_budget("tiled decode", latents, self._decode_bytes(latents, [one_tile]), budget)
             return DecodeChoice("tiled", ranks.size, (rows, len(tiles.tiles) // rows), reason)
         if mode == "single":
             patches = self._patch_plan(latents, RankGroup.alone())
-        self._refuse_over_budget(self.engine.decoder_stages, patches, latents, budget, "decode")
+        _refuse_over_budget(f"{mode} decode", latents, self._decode_bytes(latents, patches.traces), budget)
         return DecodeChoice(mode, ranks.size, patches.grid, reason)
+
+    def _lat_frames(self, pixels: Tensor) -> int:
+        return 1 + (pixels.shape[2] - 1) // self.config.arch_config.temporal_ratio
 
     def _share(self, latents: Tensor, patches: PatchPlan) -> float:
         """What the busiest rank of ``patches`` does, its head included, as a fraction of one rank's work alone."""
@@ -295,28 +299,36 @@ class ParallelTiledVAE(nn.Module):
             self._budgets[own] = ranks.minimum("memory budget in bytes", own)
         return self._budgets[own]
 
-    def _bytes_needed(self, stages: plan.Stages, patches: PatchPlan, tensor: Tensor) -> int:
-        batch, _, frames = tensor.shape[:3]
-        at_once = 1 if frames == 1 else self.config.arch_config.temporal_ratio
-        dtype = tensor.dtype
-        return max(estimated_bytes(stages, trace, at_once, dtype, batch) for trace in patches.traces)
+    def _decode_bytes(self, latents: Tensor, traces: Iterable[Sequence[Window]]) -> int:
+        arch = self.config.arch_config
+        batch, _, lat_frames, lat_height, lat_width = latents.shape
+        area_px = arch.spatial_ratio**2 * lat_height * lat_width
+        values = batch * arch.input_channels * arch.pixel_frames(lat_frames) * area_px
+        at_once = 1 if lat_frames == 1 else arch.temporal_ratio
+        return needed_bytes(self.engine.decoder_stages, traces, at_once, latents.dtype, batch, values)
 
-    def _refuse_over_budget(
-        self, stages: plan.Stages, patches: PatchPlan, tensor: Tensor, budget: int, what: str
-    ) -> None:
-        needed = self._bytes_needed(stages, patches, tensor)
-        if needed > budget:
-            raise ValueError(
-                f"this {what} of {_shape_of(tensor)} needs about {needed / GIB:.3g} GiB a rank, "
-                f"{budget / GIB:.3g} GiB are allowed (memory_limit_gib, default: what the device has); "
-                "use more ranks, a smaller picture or batch, or parallel_decode_mode 'tiled' or 'auto'"
-            )
+    def _encode_bytes(self, pixels: Tensor, patches: PatchPlan) -> int:
+        arch = self.config.arch_config
+        batch, _, frames, height, width = pixels.shape
+        features = self.engine.feature_channels * (height // arch.spatial_ratio) * (width // arch.spatial_ratio)
+        at_once = 1 if frames == 1 else arch.temporal_ratio
+        values = batch * self._lat_frames(pixels) * features
+        return needed_bytes(self.engine.encoder_stages, patches.traces, at_once, pixels.dtype, batch, values)
 
     def _announce(self, choice: DecodeChoice) -> None:
         self.last_choice = choice
         if choice not in self._announced:
             self._announced.add(choice)
             logger.info("decode: %s: %s", choice.how, choice.reason)
+
+
+def _refuse_over_budget(what: str, tensor: Tensor, needed: int, budget: int) -> None:
+    if needed > budget:
+        raise ValueError(
+            f"this {what} of {_shape_of(tensor)} needs about {needed / GIB:.3g} GiB a rank, "
+            f"{budget / GIB:.3g} GiB are allowed (memory_limit_gib, default: what the device has); "
+            "use more ranks, a smaller picture or batch, or parallel_decode_mode 'tiled' or 'auto'"
+        )
 
 
 def _unchanged(pixels: Tensor) -> Tensor:

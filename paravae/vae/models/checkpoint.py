@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -49,7 +48,7 @@ def locate(directory_or_repo: str | Path, subfolder: str | None) -> Path:
             root = Path(
                 snapshot_download(str(directory_or_repo), allow_patterns=[prefix + CONFIG_NAME, prefix + WEIGHTS_NAME])
             )
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
+        except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"{directory_or_repo} is neither a local directory nor a hub repository that can be reached: {error}"
             ) from error
