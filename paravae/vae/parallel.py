@@ -7,7 +7,7 @@ published models. Every rank of the parallel group calls with the same tensors a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ from paravae.configs import VAEConfig
 from paravae.vae import plan
 from paravae.vae.blend import cross_fade, paste
 from paravae.vae.checks import FiniteCheck, check_half, check_latents, check_output_type, check_pixels
-from paravae.vae.choice import DecodeChoice, auto_mode
+from paravae.vae.choice import DecodeChoice, DecodePlanner, EncodePlanner
 from paravae.vae.comm import RankGroup
 from paravae.vae.engines.base import Engine
-from paravae.vae.memory import GIB, device_bytes, needed_bytes
+from paravae.vae.memory import GIB, device_bytes
 from paravae.vae.pixels import to_uint8
 from paravae.vae.plan import PatchPlan, TilePlan, Window
 from paravae.vae.posterior import Posterior
@@ -125,15 +125,17 @@ class ParallelTiledVAE(nn.Module):
             check_output_type(output_type)
             check_latents(latents, self.config.arch_config, self.dtype, self.device)
             finite = FiniteCheck("latents", latents)
-            choice = self._choose(latents, mode, ranks, budget)
+            planner = self._decode_planner(latents)
+            choice = planner.choose(mode, ranks.size, budget)
             convert = to_uint8 if output_type == "uint8" and choice.mode != "tiled" else _unchanged
             if choice.mode == "tiled":
-                tiles = self._tile_plan(latents)
+                tiles = planner.tiles()
                 shard = self._decode_tiles(latents, tiles, ranks, on_progress)
             else:
-                patches = self._patch_plan(latents, ranks if choice.mode == "patch" else RankGroup.alone())
-                own = patches.traces[ranks.rank if choice.mode == "patch" else 0]
-                shard = self._decode_window(latents, own, patches.shard_size, convert, on_progress)
+                sharing = ranks if choice.mode == "patch" else RankGroup.alone()
+                patches = planner.patches(sharing.size)
+                trace = patches.traces[sharing.rank]
+                shard = self._decode_window(latents, trace, patches.shard_size, convert, on_progress)
             finite.raise_if_not()
         self._announce(choice)
         if choice.mode == "single":
@@ -212,21 +214,19 @@ class ParallelTiledVAE(nn.Module):
             check_half("encoder", self.config.load_encoder)
             check_pixels(pixels, self.config.arch_config, self.dtype, self.device)
             finite = FiniteCheck("pixels", pixels)
-            ratio = self.config.arch_config.spatial_ratio
-            height, width = pixels.shape[-2:]
-            cells = (height // ratio, width // ratio)
-            stages = self.engine.encoder_stages
-            patches = plan.plan_patches(stages, (height, width), cells, ranks.size)
-            _refuse_over_budget("encode", pixels, self._encode_bytes(pixels, patches), budget)
-            shard = self._encode_window(pixels, patches, ranks.rank, on_progress)
+            stages, channels = self.engine.encoder_stages, self.engine.feature_channels
+            planner = EncodePlanner(self.config, stages, channels, pixels.shape, pixels.dtype)
+            patches = planner.patches(ranks.size, budget)
+            shard = self._encode_window(pixels, planner.lat_frames, patches, ranks.rank, on_progress)
             finite.raise_if_not()
-        features = paste(ranks.all_gather(shard), patches.outputs, *cells)
+        features = paste(ranks.all_gather(shard), patches.outputs, *planner.lat_size)
         with ranks.agreement(asked):
             return Posterior.from_moments(self.engine.encode_features(features))
 
-    def _encode_window(self, pixels: Tensor, patches: PatchPlan, rank: int, on_progress: Progress | None) -> Tensor:
+    def _encode_window(
+        self, pixels: Tensor, lat_frames: int, patches: PatchPlan, rank: int, on_progress: Progress | None
+    ) -> Tensor:
         """Features of one rank's window, [B, C, T, rows, cols], padded to the common shape."""
-        lat_frames = self._lat_frames(pixels)
         size = (pixels.shape[0], self.engine.feature_channels, lat_frames, *patches.shard_size)
         shard = pixels.new_zeros(size)
         trace = patches.traces[rank]
@@ -242,52 +242,14 @@ class ParallelTiledVAE(nn.Module):
     def _ranks(self, parallel: bool) -> RankGroup:
         return self.parallel_group if parallel else RankGroup.alone()
 
-    def _patch_plan(self, latents: Tensor, ranks: RankGroup) -> PatchPlan:
-        lat_size = (latents.shape[-2], latents.shape[-1])
-        return plan.plan_patches(self.engine.decoder_stages, lat_size, lat_size, ranks.size)
-
-    def _tile_plan(self, latents: Tensor) -> TilePlan:
-        ratio = self.config.arch_config.spatial_ratio
-        tile_min = (self.config.tile_sample_min_height // ratio, self.config.tile_sample_min_width // ratio)
-        stride = (self.config.tile_sample_stride_height // ratio, self.config.tile_sample_stride_width // ratio)
-        return plan.plan_tiles((latents.shape[-2], latents.shape[-1]), tile_min, stride)
-
     def _tile_words(self) -> str:
         config = self.config
         tile = f"{config.tile_sample_min_height} x {config.tile_sample_min_width}"
         return f"tiles {tile} px every {config.tile_sample_stride_height} x {config.tile_sample_stride_width}"
 
-    def _choose(self, latents: Tensor, mode: str | None, ranks: RankGroup, budget: int) -> DecodeChoice:
-        """The mode of this decode, from values that all ranks share. ``mode``: what a method's name asks for."""
-        config = self.config
-        asked = mode is not None
-        if mode is None:
-            alone = "tiled" if config.use_tiling else "single"
-            mode = config.exact_mode if config.use_parallel_decode else alone
-        patches = self._patch_plan(latents, ranks if mode != "single" else RankGroup.alone())
-        if mode == "auto":
-            needed = self._decode_bytes(latents, patches.traces)
-            mode, reason = auto_mode(ranks.size, self._share(latents, patches), needed, budget)
-        else:
-            reason = "the method called" if asked else "as configured"
-        if mode == "tiled":
-            tiles = self._tile_plan(latents)
-            rows = len({tile.rows for tile in tiles.tiles})
-            one_tile = plan.whole(self.engine.decoder_stages, *tiles.tile)
-            _refuse_over_budget("tiled decode", latents, self._decode_bytes(latents, [one_tile]), budget)
-            return DecodeChoice("tiled", ranks.size, (rows, len(tiles.tiles) // rows), reason)
-        if mode == "single":
-            patches = self._patch_plan(latents, RankGroup.alone())
-        _refuse_over_budget(f"{mode} decode", latents, self._decode_bytes(latents, patches.traces), budget)
-        return DecodeChoice(mode, ranks.size, patches.grid, reason)
-
-    def _lat_frames(self, pixels: Tensor) -> int:
-        return 1 + (pixels.shape[2] - 1) // self.config.arch_config.temporal_ratio
-
-    def _share(self, latents: Tensor, patches: PatchPlan) -> float:
-        """What the busiest rank of ``patches`` does, its head included, as a fraction of one rank's work alone."""
-        head = self.engine.head_work(latents.shape[-2], latents.shape[-1])
-        return (head + patches.work) / (head + self._patch_plan(latents, RankGroup.alone()).work)
+    def _decode_planner(self, latents: Tensor) -> DecodePlanner:
+        head_work = self.engine.head_work(latents.shape[-2], latents.shape[-1])
+        return DecodePlanner(self.config, self.engine.decoder_stages, head_work, latents.shape, latents.dtype)
 
     def _memory_budget(self, ranks: RankGroup) -> int:
         """Bytes that a decode may need on any rank: the least of what each has, or has been limited to."""
@@ -299,36 +261,11 @@ class ParallelTiledVAE(nn.Module):
             self._budgets[own] = ranks.minimum("memory budget in bytes", own)
         return self._budgets[own]
 
-    def _decode_bytes(self, latents: Tensor, traces: Iterable[Sequence[Window]]) -> int:
-        arch = self.config.arch_config
-        batch, _, lat_frames, lat_height, lat_width = latents.shape
-        area_px = arch.spatial_ratio**2 * lat_height * lat_width
-        values = batch * arch.input_channels * arch.pixel_frames(lat_frames) * area_px
-        at_once = 1 if lat_frames == 1 else arch.temporal_ratio
-        return needed_bytes(self.engine.decoder_stages, traces, at_once, latents.dtype, batch, values)
-
-    def _encode_bytes(self, pixels: Tensor, patches: PatchPlan) -> int:
-        arch = self.config.arch_config
-        batch, _, frames, height, width = pixels.shape
-        features = self.engine.feature_channels * (height // arch.spatial_ratio) * (width // arch.spatial_ratio)
-        at_once = 1 if frames == 1 else arch.temporal_ratio
-        values = batch * self._lat_frames(pixels) * features
-        return needed_bytes(self.engine.encoder_stages, patches.traces, at_once, pixels.dtype, batch, values)
-
     def _announce(self, choice: DecodeChoice) -> None:
         self.last_choice = choice
         if choice not in self._announced:
             self._announced.add(choice)
             logger.info("decode: %s: %s", choice.how, choice.reason)
-
-
-def _refuse_over_budget(what: str, tensor: Tensor, needed: int, budget: int) -> None:
-    if needed > budget:
-        raise ValueError(
-            f"this {what} of {_shape_of(tensor)} needs about {needed / GIB:.3g} GiB a rank, "
-            f"{budget / GIB:.3g} GiB are allowed (memory_limit_gib, default: what the device has); "
-            "use more ranks, a smaller picture or batch, or parallel_decode_mode 'tiled' or 'auto'"
-        )
 
 
 def _unchanged(pixels: Tensor) -> Tensor:
