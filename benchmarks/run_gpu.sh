@@ -6,10 +6,11 @@ set -uo pipefail
 out=${1:?usage: bash benchmarks/run_gpu.sh OUTPUT_FOLDER}
 mkdir -p "$out"
 python=${PYTHON:-python3}
+# ONLY=regex runs the steps whose names match.
 gpus=$($python -c 'import torch; print(min(4, torch.cuda.device_count()))')
 on() { ranks=$1; shift; "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$@"; }
 failed=0
-step() { name=$1; shift; echo "== $name"; SECONDS=0; "$@" >"$out/$name.log" 2>&1 || { failed=1; echo "FAILED: $name"; tail -n 60 "$out/$name.log"; }; echo "   $SECONDS s"; }
+step() { name=$1; shift; [[ $name =~ ${ONLY:-.} ]] || return 0; echo "== $name"; SECONDS=0; "$@" >"$out/$name.log" 2>&1 || { failed=1; echo "FAILED: $name"; tail -n 60 "$out/$name.log"; }; echo "   $SECONDS s"; }
 
 step tests_cuda "$python" -m pytest -q -rs -p no:cacheprovider tests/test_cuda.py --durations 5 -s
 [ "$gpus" -lt 2 ] || step tests_nccl "$python" -m pytest -q -rs -p no:cacheprovider tests/test_nccl.py --durations 5
