@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,11 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image
 from skimage import data as skimage_data
 from sklearn.datasets import load_sample_image
-from torch import Tensor
 
 from benchmarks.machine import describe
 from paravae import AutoencoderKLQwenImage
 from paravae.launch.models import TINY
-from paravae.vae.pixels import from_uint8
+from paravae.vae.pixels import from_uint8, psnr_db
 from paravae.vae.plan import plan_tiles
 
 TILE, STRIDE = 32, 24  # latents: the default 256 and 192 pixels
@@ -44,10 +42,6 @@ def photographs() -> dict[str, np.ndarray]:
         "scikit-image astronaut": astronaut,
         "scikit-image astronaut, twice the size": np.array(Image.fromarray(astronaut).resize((1024, 1024), 3)),
     }
-
-
-def psnr_db(a: Tensor, b: Tensor) -> float:
-    return 10 * math.log10(4 / float((a - b).double().square().mean()))
 
 
 def diffusers_work(height: int, width: int) -> int:
@@ -69,8 +63,8 @@ def compare(name: str, picture: np.ndarray, ours: AutoencoderKLQwenImage, theirs
     return {
         "picture": name,
         "size": f"{width}x{height}",
-        "psnr_db": round(psnr_db(ours.tiled_decode(latents), untiled), 2),
-        "diffusers_psnr_db": round(psnr_db(theirs.tiled_decode(latents).sample.clamp(-1, 1), untiled), 2),
+        "psnr_db": round(psnr_db(ours.tiled_decode(latents), untiled, 2), 2),
+        "diffusers_psnr_db": round(psnr_db(theirs.tiled_decode(latents).sample.clamp(-1, 1), untiled, 2), 2),
         "tiles": len(plan.tiles),
         "latents_decoded": sum(tile.area for tile in plan.tiles),
         "diffusers_latents_decoded": diffusers_work(*latents.shape[-2:]),

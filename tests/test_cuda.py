@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
 
 import pytest
 import torch
@@ -16,15 +15,9 @@ from paravae.vae.checks import FiniteCheck
 from paravae.vae.memory import device_bytes, estimated_bytes
 from paravae.vae.pixels import to_uint8
 from tests.builders import max_error, noise, perturb, pictures, rms_error, small_vae
+from tests.case_tools import TILES
 
 pytestmark = pytest.mark.cuda
-
-TILES: dict[str, Any] = {
-    "tile_sample_min_height": 64,
-    "tile_sample_min_width": 64,
-    "tile_sample_stride_height": 48,
-    "tile_sample_stride_width": 48,
-}
 
 
 @pytest.fixture(autouse=True)

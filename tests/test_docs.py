@@ -23,7 +23,7 @@ def test_tables_are_as_measured() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_check_notices_a_changed_table(tmp_path: Path) -> None:
+def test_check_notices_a_changed_table() -> None:
     spoilt = README.replace("| paravae patch | 4 |", "| paravae patch | 5 |")
     assert spoilt != README
     assert render.render(spoilt) == README

@@ -8,7 +8,7 @@ import torch
 from paravae import Posterior
 from paravae.vae.checks import FiniteCheck
 from paravae.vae.memory import device_bytes, estimated_bytes
-from paravae.vae.pixels import from_uint8, to_uint8
+from paravae.vae.pixels import from_uint8, psnr_db, to_uint8
 from paravae.vae.plan import LocalStage, whole
 from tests.builders import noise
 
@@ -80,3 +80,11 @@ def test_estimated_bytes_by_hand() -> None:
 
 def test_device_bytes_of_the_cpu() -> None:
     assert 2**28 < device_bytes(torch.device("cpu")) < 2**50
+
+
+def test_psnr_by_hand() -> None:
+    """A difference of a tenth of the range everywhere is 20 dB, in any range and dtype; none is infinite."""
+    levels = torch.zeros(4, 5, dtype=torch.uint8)
+    assert psnr_db(levels, levels + 10, 100) == pytest.approx(20)
+    assert psnr_db(levels.bfloat16(), levels.double() - 0.2, 2) == pytest.approx(20)
+    assert psnr_db(levels, levels, 255) == float("inf")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from paravae.vae.pixels import from_uint8
+
 
 def load_pictures(folder: Path, device: torch.device) -> dict[str, Tensor]:
     """Every JPEG of ``folder`` by name, uint8 [3, H, W] on ``device``."""
@@ -19,11 +20,6 @@ def load_pictures(folder: Path, device: torch.device) -> dict[str, Tensor]:
     if not files:
         raise SystemExit(f"{folder} holds no .jpg pictures; make them with python -m training.pictures")
     return {f.name: torch.from_numpy(np.array(Image.open(f).convert("RGB"))).permute(2, 0, 1).to(device) for f in files}
-
-
-def to_range(levels: Tensor) -> Tensor:
-    """uint8 -> [-1, 1] in fp32."""
-    return levels.float() / 127.5 - 1
 
 
 def _random_cut(picture: Tensor, side_px: int, rng: random.Random) -> Tensor:
@@ -54,7 +50,7 @@ def image_batch(pictures: list[Tensor], batch: int, side_px: int, rng: random.Ra
     """[batch, 3, 1, side_px, side_px] in [-1, 1]."""
     crops = []
     for picture in rng.choices(pictures, k=batch):
-        cut = to_range(_random_cut(picture, side_px, rng))[None]
+        cut = from_uint8(_random_cut(picture, side_px, rng))[None]
         cut = F.interpolate(cut, (side_px, side_px), mode="bilinear", antialias=True, align_corners=False)[0]
         crops.append(_augment(cut, rng))
     return torch.stack(crops)[:, :, None]
@@ -64,7 +60,7 @@ def clip_batch(pictures: list[Tensor], batch: int, frames: int, side_px: int, rn
     """[batch, 3, frames, side_px, side_px] in [-1, 1]: a window that pans, turns and zooms over a picture."""
     clips = []
     for picture in rng.choices(pictures, k=batch):
-        cut = _augment(to_range(_random_cut(picture, int(1.5 * side_px), rng)), rng)
+        cut = _augment(from_uint8(_random_cut(picture, int(1.5 * side_px), rng)), rng)
         cut = F.interpolate(cut[None], (int(1.5 * side_px),) * 2, mode="bilinear", antialias=True, align_corners=False)
         steps = torch.linspace(0, 1, frames, device=picture.device)
         zoom = rng.uniform(0.5, 0.65) * (1 + steps * rng.uniform(-0.15, 0.15))
@@ -76,8 +72,3 @@ def clip_batch(pictures: list[Tensor], batch: int, frames: int, side_px: int, rn
         moved = F.grid_sample(cut.expand(frames, -1, -1, -1), grid, padding_mode="reflection", align_corners=False)
         clips.append(moved.transpose(0, 1))
     return torch.stack(clips)
-
-
-def psnr_db(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of two pictures in [-1, 1], in dB."""
-    return 10 * math.log10(4 / max(float((a.double() - b.double()).square().mean()), 1e-12))

@@ -25,7 +25,8 @@ from paravae.vae import plan
 from paravae.vae.models import checkpoint
 from paravae.vae.models.blocks import CausalConv3d, FrameCache
 from paravae.vae.models.stage import run_local
-from training.crops import clip_batch, image_batch, load_pictures, psnr_db, to_range
+from paravae.vae.pixels import from_uint8, psnr_db
+from training.crops import clip_batch, image_batch, load_pictures
 from training.muon import Muon
 
 MUON_LEARNING_RATE = 0.012  # peak, for convolution weights
@@ -151,7 +152,7 @@ def middle(picture: Tensor) -> Tensor:
     """The central 512 x 512 of a picture, less where it is smaller, in multiples of 8: [1, 3, 1, H, W] in [-1, 1]."""
     height, width = (min(side, HELD_OUT_SIDE_PX) // 8 * 8 for side in picture.shape[-2:])
     top, left = (picture.shape[-2] - height) // 2, (picture.shape[-1] - width) // 2
-    return to_range(picture[:, top : top + height, left : left + width])[None, :, None]
+    return from_uint8(picture[:, top : top + height, left : left + width])[None, :, None]
 
 
 def measure(vae: AutoencoderKLQwenImage, held_out: dict[str, Tensor]) -> list[dict[str, object]]:
@@ -161,7 +162,7 @@ def measure(vae: AutoencoderKLQwenImage, held_out: dict[str, Tensor]) -> list[di
         pixels = middle(picture)
         decoded = vae.decode(vae.encode(pixels).mode())
         size = f"{pixels.shape[-1]}x{pixels.shape[-2]}"
-        rows.append({"picture": name, "size": size, "psnr_db": round(psnr_db(decoded, pixels), 2)})
+        rows.append({"picture": name, "size": size, "psnr_db": round(psnr_db(decoded, pixels, 2), 2)})
     return rows
 
 
@@ -169,7 +170,7 @@ def measure(vae: AutoencoderKLQwenImage, held_out: dict[str, Tensor]) -> list[di
 def measure_clip(vae: AutoencoderKLQwenImage, held_out: dict[str, Tensor]) -> float:
     """PSNR of moving windows over the held-out pictures, 9 frames of 256 x 256, in dB."""
     pixels = clip_batch(list(held_out.values()), 8, 9, 256, random.Random(2))
-    return round(psnr_db(vae.decode(vae.encode(pixels).mode()), pixels), 2)
+    return round(psnr_db(vae.decode(vae.encode(pixels).mode()), pixels, 2), 2)
 
 
 def main() -> None:

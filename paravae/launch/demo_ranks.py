@@ -7,7 +7,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paravae import AutoencoderKLQwenImage, QwenImageVAEConfig, RankError
+from paravae import AutoencoderKLQwenImage, RankError
 from paravae.launch.errors import INPUT_STATUS, agreed, status_of
 from paravae.launch.latents import open_latents, read_latents, write_latents
 from paravae.launch.picture_input import fit_to_model, read_picture
 from paravae.launch.picture_output import plan_output, write_pictures
 from paravae.launch.world import Place, World, world
-from paravae.vae.pixels import from_uint8
+from paravae.vae.pixels import from_uint8, psnr_db
 
 Result = TypeVar("Result")
 
@@ -112,27 +112,25 @@ def run_rank(rank: int, job: Job) -> None:
 
 
 def _measure(job: Job, here: World) -> Results:
-    config = QwenImageVAEConfig()
     with agreed(here.group, "prepare the demo"):
-        vae = _load(job, config)
+        vae = AutoencoderKLQwenImage.from_pretrained(job.model)
         arch = vae.config.arch_config
         original = read_picture(job.picture)
         original = fit_to_model(original, arch.spatial_ratio, arch.temporal_ratio, crop=True, name=str(job.picture))
     pixels = from_uint8(original)
-    alone = _load(job, config)
-    together = _load(job, QwenImageVAEConfig(use_parallel_decode=True))
-    one_rank, one_seconds = _timed_on_one(here, lambda: alone.encode(pixels).mode())
-    many_ranks, many_seconds = _timed(here, lambda: together.encode(pixels).mode())
-    latents = _shared_latents(job, here, alone, one_rank, original)
+    one_rank, one_seconds = _timed_on_one(here, lambda: vae.encode(pixels).mode())
+    latents = _shared_latents(job, here, vae, one_rank, original)
 
     rows: list[DecodeRow] = []
-    reference, seconds = _timed_on_one(here, lambda: alone.decode(latents, output_type="uint8"))
+    reference, seconds = _timed_on_one(here, lambda: vae.decode(latents, output_type="uint8"))
     if here.rank == 0:
         assert reference is not None
-        rows.append(_row(job, "one rank", alone, reference, seconds, reference, original))
+        rows.append(_row(job, "one rank", vae, reference, seconds, reference, original))
+    vae.config = replace(vae.config, use_parallel_decode=True)
+    many_ranks, many_seconds = _timed(here, lambda: vae.encode(pixels).mode())
     for mode in ("tiled", "patch", "auto"):
-        vae = _load(job, QwenImageVAEConfig(use_parallel_decode=True, parallel_decode_mode=mode))
-        levels, seconds = _timed(here, lambda vae=vae: vae.decode(latents, output_type="uint8"))  # type: ignore[misc]
+        vae.config = replace(vae.config, parallel_decode_mode=mode)
+        levels, seconds = _timed(here, lambda: vae.decode(latents, output_type="uint8"))
         if here.rank == 0:
             assert reference is not None
             rows.append(_row(job, mode, vae, levels, seconds, reference, original))
@@ -151,10 +149,6 @@ def _measure(job: Job, here: World) -> Results:
         latents_file=LATENTS,
         decodes=tuple(rows),
     )
-
-
-def _load(job: Job, config: QwenImageVAEConfig) -> AutoencoderKLQwenImage:
-    return AutoencoderKLQwenImage.from_pretrained(job.model, vae_config=config)
 
 
 def _timed(here: World, work: Callable[[], Result]) -> tuple[Result, float]:
@@ -214,13 +208,7 @@ def _row(
         seconds=seconds,
         max_error=int(difference.max()),
         differing=float((difference > 0).double().mean()),
-        psnr_to_one_rank=_psnr(levels, reference),
-        psnr_to_original=_psnr(levels, original) or float("inf"),
+        psnr_to_one_rank=psnr_db(levels, reference, 255) if difference.any() else None,
+        psnr_to_original=psnr_db(levels, original, 255),
         file=file,
     )
-
-
-def _psnr(levels: Tensor, other: Tensor) -> float | None:
-    """In dB, over all values of two 8-bit pictures; None if they are identical."""
-    mean_square = float((levels.double() - other.double()).square().mean())
-    return None if mean_square == 0 else float(10 * torch.log10(torch.tensor(255.0**2 / mean_square)))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from paravae import AutoencoderKLQwenImage, VAEArchConfig
 from paravae.files import whole_file
+from paravae.vae.memory import GIB
 
 logger = logging.getLogger("paravae")
 
@@ -25,7 +26,6 @@ SUFFIX = ".safetensors"
 NAME = "latents"
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _PACKED_SIDE = 2  # Qwen-Image packs 2 x 2 latents into one token
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ class ParallelTiledVAE(nn.Module):
         """Pixels [B, 3, F, H, W] in [-1, 1], H and W multiples of 8, F = 4 k + 1 -> posterior of the latents.
 
         Exact on any number of ranks: each encodes a window up to the attention, the features are gathered,
-        and every rank finishes the whole (a twentieth of the work).
+        and every rank finishes the whole: by multiply-adds 12 % of the work at 512x512, 21 % at 1024x1024.
 
         Raises: as ``decode`` does.
         """
