@@ -16,6 +16,7 @@ test = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
+    "triton>=3.4; platform_system == 'Linux'",
     *video,
 ]
 train = ["scikit-image>=0.22", "scikit-learn>=1.4"]

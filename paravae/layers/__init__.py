@@ -1,1 +1,5 @@
-"""Fused operations, each with its kernel, its reference, its test and its benchmark. None yet."""
+"""Fused operations: each a Triton kernel, a plain PyTorch reference of the same signature, and which of them runs."""
+
+from paravae.layers.dispatch import fallbacks, references_only
+
+__all__ = ["fallbacks", "references_only"]
