@@ -30,8 +30,8 @@ class BrokenEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def decode(self, latents: Tensor, trace: Sequence[Window]) -> Iterator[Tensor]:
-        return self._steps("decode", self._engine.decode(latents, trace))
+    def decode(self, latents: Tensor, trace: Sequence[Window], *, as_uint8: bool = False) -> Iterator[Tensor]:
+        return self._steps("decode", self._engine.decode(latents, trace, as_uint8=as_uint8))
 
     def encode_window(self, pixels: Tensor, trace: Sequence[Window]) -> Iterator[Tensor]:
         return self._steps("encode_window", self._engine.encode_window(pixels, trace))
@@ -116,6 +116,33 @@ def progress_raises(here: Rank) -> str:
         expect(error, KeyError, "no bar")
     else:
         expect(error, RankError, f"rank 0 of {here.size} failed: KeyError")
+    still_works(vae)
+    return "fine"
+
+
+def stream_breaks(here: Rank, where: str) -> str:
+    """A stream that fails on one rank ends on all, the frames before it delivered: its engine, or its caller."""
+    victim = here.size - 1
+    vae = _vae(here, parallel_decode_mode="patch")
+    engine, taken = vae.engine, []
+    if where == "engine" and here.rank == victim:
+        vae.use_engine(BrokenEngine(engine, "decode", good_steps=1))
+
+    def take(frames: Tensor) -> None:
+        if where == "caller" and here.rank == victim and taken:
+            raise KeyError("no room")
+        taken.append(frames)
+
+    latents = noise(1, 16, 3, 8 * here.size, 1, device=here.device)  # so long that every rank has some to do
+    error = error_of(lambda: vae.decode(latents, on_frames=take))
+    kind, words = (RuntimeError, "broken on purpose") if where == "engine" else (KeyError, "no room")
+    if here.rank == victim:
+        expect(error, kind, words)
+        assert len(taken) == 1
+    else:
+        expect(error, RankError, f"rank {victim} of {here.size} failed: {kind.__name__}")
+        assert len(taken) == (1 if where == "engine" else 2)
+    vae.use_engine(engine)
     still_works(vae)
     return "fine"
 
@@ -277,6 +304,8 @@ def _cases() -> dict[str, tuple[int, Case]]:
         case = partial(one_rank_breaks, call=call, method=method, good_steps=good_steps)
         cases[f"fault-{method}-{call}-after-{good_steps}"] = (1, case)
     cases["fault-progress"] = (1, progress_raises)
+    for where in ("engine", "caller"):
+        cases[f"fault-stream-{where}"] = (1, partial(stream_breaks, where=where))
     for method in ("parallel_patch_decode", "parallel_tiled_decode", "decode"):
         cases[f"fault-nan-{method}"] = (1, partial(nan_on_one_rank, method=method))
     for about in ("shape", "output", "mode", "tiles"):

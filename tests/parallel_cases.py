@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paravae.layers import references_only
 from paravae.vae.pixels import to_uint8
 from paravae.vae.plan import plan_tiles
 from tests.builders import max_error, pictures, rms_error, small_vae
@@ -102,6 +103,42 @@ def uint8_equals_float(here: Rank, mode: str) -> str:
     assert torch.equal(levels, to_uint8(vae.decode(latents)))
     assert len(levels.unique()) > 50
     return digest(levels)
+
+
+def fast_engine_equals_alone(here: Rank, size: str, frames: int) -> str:
+    """Patch mode through the fast engine (on a CPU its references), against the plain engine alone."""
+    vae = parallel_vae(here, engine="fast")
+    latents = latents_for(here, size, frames, 2, vae.dtype)
+    with references_only():
+        pixels = vae.parallel_patch_decode(latents)
+        levels = vae.decode(latents, output_type="uint8")
+        moments = vae.encode(pixels.clamp(-1, 1)).mean
+    assert max_error(pixels, alone(vae, latents)) <= BOUNDS[vae.dtype]
+    assert max_error(levels, to_uint8(pixels)) <= 1
+    assert max_error(moments, small_vae(vae.dtype, here.device).encode(pixels).mean) <= BOUNDS[vae.dtype]
+    return digest(pixels)
+
+
+def stream_equals_whole(here: Rank, mode: str, frames: int, output_type: str) -> str:
+    """Frames handed out as they are ready are those of the whole decode, in pieces of 1, 4, 4, ..."""
+    on = mode != "off"
+    vae = small_vae(device=here.device, use_parallel_decode=on, parallel_decode_mode=mode if on else "auto", **TILES)
+    latents = latents_for(here, "9x20", frames, 1, torch.float32)
+    pieces: list[Tensor] = []
+    steps: list[tuple[int, int]] = []
+    returned = vae.decode(
+        latents,
+        output_type=output_type,
+        on_frames=pieces.append,
+        on_progress=lambda done, total: steps.append((done, total)),
+    )
+    whole = vae.decode(latents, output_type=output_type)
+    assert returned is None
+    assert [piece.shape[2] for piece in pieces] == [1] + [4] * (frames - 1)
+    assert all(done <= total for done, total in steps)
+    assert not steps or steps[-1][0] == steps[-1][1]  # a rank without a tile has none
+    assert torch.equal(torch.cat(pieces, dim=2), whole)
+    return digest(whole)
 
 
 def config_chooses_mode(here: Rank, mode: str, method: str) -> str:
@@ -217,6 +254,16 @@ def _cases() -> dict[str, tuple[int, Case]]:
         cases[f"encode-{size}-F{frames}-B{batch}-{dtype}"] = (1, case)
     for mode in ("off", "auto", "patch", "tiled"):
         cases[f"uint8-{mode}"] = (1, partial(uint8_equals_float, mode=mode))
+    for size, frames in (("9x20", 1), ("5x4", 2)):
+        cases[f"fast-{size}-T{frames}"] = (1, partial(fast_engine_equals_alone, size=size, frames=frames))
+    for mode, frames, output_type in (
+        ("off", 3, "float"),
+        ("patch", 3, "float"),
+        ("patch", 1, "uint8"),
+        ("tiled", 2, "uint8"),
+    ):
+        case = partial(stream_equals_whole, mode=mode, frames=frames, output_type=output_type)
+        cases[f"stream-{mode}-T{frames}-{output_type}"] = (1, case)
     for mode, method in (("patch", "patch"), ("spatial_shard", "patch"), ("tiled", "tiled")):
         cases[f"config-{mode}"] = (1, partial(config_chooses_mode, mode=mode, method=method))
     cases["auto-fits"] = (1, partial(auto_picks, size="33x20", limit_gib=None))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+ENGINES = ("auto", "fast", "torch")
 PARALLEL_DECODE_MODES = ("auto", "patch", "spatial_shard", "tiled")
 
 
@@ -86,6 +87,13 @@ class VAEConfig:
     tile_sample_min_width: int = option(256, "least width of a tile, in pixels; narrower pictures are one tile")
     tile_sample_stride_height: int = option(192, "largest step between tiles, in pixels down")
     tile_sample_stride_width: int = option(192, "largest step between tiles, in pixels across")
+    engine: str = option(
+        "auto",
+        "what runs the network. fast: folded weights and fused kernels; torch: plain PyTorch, layer by layer; "
+        "auto: fast on a GPU in bfloat16 and float16, torch elsewhere",
+        choices=ENGINES,
+    )
+    cuda_graphs: int = option(8, "CUDA graphs that the fast engine keeps, one for each shape of image; 0: none")
     memory_limit_gib: float | None = option(
         None, "refuse a decode or encode estimated to need more than this, in GiB a rank; default: all the device has"
     )
@@ -96,6 +104,10 @@ class VAEConfig:
                 f"parallel_decode_mode (--vae-config.parallel-decode-mode) is {self.parallel_decode_mode!r}, "
                 f"needs one of {', '.join(PARALLEL_DECODE_MODES)}"
             )
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine (--vae-config.engine) is {self.engine!r}, needs one of {', '.join(ENGINES)}")
+        if self.cuda_graphs < 0:
+            raise ValueError(f"cuda_graphs (--vae-config.cuda-graphs) is {self.cuda_graphs}, needs 0 or more")
         ratio = self.arch_config.spatial_ratio
         for side in ("height", "width"):
             tile_px, stride_px = getattr(self, f"tile_sample_min_{side}"), getattr(self, f"tile_sample_stride_{side}")

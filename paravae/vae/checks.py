@@ -72,22 +72,22 @@ class FiniteCheck:
     def __init__(self, name: str, values: Tensor) -> None:
         self._name = name
         self._values = values
-        finite = values.isfinite().all()
+        largest = torch.linalg.vector_norm(values, torch.inf)  # one pass; NaN and Inf stay what they are
         self._copied: torch.cuda.Event | None = None
         if values.is_cuda:
-            self._finite = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._finite.copy_(finite, non_blocking=True)
+            self._largest = torch.empty((), dtype=values.dtype, pin_memory=True)
+            self._largest.copy_(largest, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(values.device))
         else:
-            self._finite = finite
+            self._largest = largest
             self.raise_if_not()
 
     def raise_if_not(self) -> None:
         """Raise ValueError if a value was NaN or Inf."""
         if self._copied is not None:
             self._copied.synchronize()
-        if not self._finite:
+        if not self._largest.isfinite():
             nan, inf = int(self._values.isnan().sum()), int(self._values.isinf().sum())
             raise ValueError(
                 f"{self._name} hold {nan} NaN and {inf} Inf among {self._values.numel()} values, need finite numbers"

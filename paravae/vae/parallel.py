@@ -7,7 +7,8 @@ published models. Every rank of the parallel group calls with the same tensors a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,11 @@ logger = logging.getLogger("paravae")
 Progress = Callable[[int, int], None]
 """Told (steps done, steps in all) of this rank's share after each step: a latent frame of a window or tile."""
 
+OnFrames = Callable[[Tensor], object]
+"""Takes the next frames of a decode, [B, 3, f, 8 h, 8 w]: one, then as many as a latent frame gives each time."""
+
+_PLANS_KEPT = 64
+
 
 class ParallelTiledVAE(nn.Module):
     """A VAE whose decode and encode are shared by the ranks of a group.
@@ -43,6 +49,7 @@ class ParallelTiledVAE(nn.Module):
         self._engine: Engine | None = None
         self._group: RankGroup | None = None
         self._budgets: dict[int, int] = {}  # this rank's own -> the least of the group
+        self._choices: dict[Hashable, tuple[DecodePlanner, DecodeChoice]] = {}  # planning takes longer than launching
         self._announced: set[DecodeChoice] = set()
 
     # ---------------------------------------------------------------------------------------------- set-up
@@ -50,6 +57,7 @@ class ParallelTiledVAE(nn.Module):
     def use_engine(self, engine: Engine) -> None:
         """Decode and encode with ``engine`` from now on."""
         self._engine = engine
+        self._choices.clear()
 
     @property
     def engine(self) -> Engine:
@@ -82,17 +90,39 @@ class ParallelTiledVAE(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- decode
 
-    def decode(self, latents: Tensor, *, output_type: str = "float", on_progress: Progress | None = None) -> Tensor:
+    @overload
+    def decode(
+        self, latents: Tensor, *, output_type: str = ..., on_progress: Progress | None = ..., on_frames: None = None
+    ) -> Tensor: ...
+
+    @overload
+    def decode(
+        self, latents: Tensor, *, output_type: str = ..., on_progress: Progress | None = ..., on_frames: OnFrames
+    ) -> None: ...
+
+    def decode(
+        self,
+        latents: Tensor,
+        *,
+        output_type: str = "float",
+        on_progress: Progress | None = None,
+        on_frames: OnFrames | None = None,
+    ) -> Tensor | None:
         """Latents [B, z_dim, T, h, w], denormalised -> pixels [B, 3, F, 8 h, 8 w], on every rank.
 
         ``output_type``: "float", in the weights' dtype and [-1, 1]; or "uint8", 0..255, converted before it travels.
+        ``on_frames``: takes the frames as they are ready instead, so that memory does not grow with T, and nothing
+        is returned (tiled: all are decoded first).
 
         Raises:
             ValueError: the latents do not fit the model, hold NaN or Inf, or would need too much memory.
             RankError: another rank failed, or was given something else. No rank is left waiting.
         """
-        parallel = self.config.use_parallel_decode
-        return self._decode(latents, None, self._ranks(parallel), output_type, on_progress)
+        ranks = self._ranks(self.config.use_parallel_decode)
+        if on_frames is None:
+            return self._decode(latents, None, ranks, output_type, on_progress)
+        self._stream(latents, ranks, output_type, on_progress, on_frames)
+        return None
 
     def tiled_decode(
         self, latents: Tensor, *, output_type: str = "float", on_progress: Progress | None = None
@@ -116,26 +146,17 @@ class ParallelTiledVAE(nn.Module):
     def _decode(
         self, latents: Tensor, mode: str | None, ranks: RankGroup, output_type: str, on_progress: Progress | None
     ) -> Tensor:
-        asked = (
-            f"{mode or self.config.exact_mode} decode of {_shape_of(latents)} as {output_type}, {self._tile_words()}"
-        )
+        asked = self._request(latents, mode, output_type)
         budget = self._memory_budget(ranks)
+        as_uint8 = output_type == "uint8"
         with ranks.agreement(asked):
-            check_half("decoder", self.config.load_decoder)
-            check_output_type(output_type)
-            check_latents(latents, self.config.arch_config, self.dtype, self.device)
-            finite = FiniteCheck("latents", latents)
-            planner = self._decode_planner(latents)
-            choice = planner.choose(mode, ranks.size, budget)
-            convert = to_uint8 if output_type == "uint8" and choice.mode != "tiled" else _unchanged
+            planner, choice, finite = self._check_and_choose(latents, mode, ranks, output_type, budget)
             if choice.mode == "tiled":
                 tiles = planner.tiles()
                 shard = self._decode_tiles(latents, tiles, ranks, on_progress)
             else:
-                sharing = ranks if choice.mode == "patch" else RankGroup.alone()
-                patches = planner.patches(sharing.size)
-                trace = patches.traces[sharing.rank]
-                shard = self._decode_window(latents, trace, patches.shard_size, convert, on_progress)
+                patches, trace = _share(planner, choice, ranks)
+                shard = self._decode_window(latents, trace, patches.shard_size, as_uint8, on_progress)
             finite.raise_if_not()
         self._announce(choice)
         if choice.mode == "single":
@@ -145,32 +166,105 @@ class ParallelTiledVAE(nn.Module):
         if choice.mode == "patch":
             return paste(shards, patches.outputs, height, width)
         picture = self._blend_tiles(shards, tiles, ranks, height, width)
-        return to_uint8(picture) if output_type == "uint8" else picture.to(latents.dtype)
+        return to_uint8(picture) if as_uint8 else picture.to(latents.dtype)
+
+    @torch.no_grad()
+    def _stream(
+        self,
+        latents: Tensor,
+        ranks: RankGroup,
+        output_type: str,
+        on_progress: Progress | None,
+        on_frames: OnFrames,
+    ) -> None:
+        """Decode a latent frame at a time, all ranks in step: each is gathered before the next begins."""
+        asked = f"{self._request(latents, None, output_type)}, in a stream"
+        budget = self._memory_budget(ranks)
+        with ranks.agreement(asked):
+            planner, choice, finite = self._check_and_choose(latents, None, ranks, output_type, budget)
+        if choice.mode == "tiled":
+            self._hand_out(self._decode(latents, None, ranks, output_type, on_progress), ranks, on_frames)
+            return
+        self._announce(choice)
+        patches, trace = _share(planner, choice, ranks)
+        pieces = self._shards(latents, trace, patches.shard_size, output_type == "uint8")
+        height, width = (side * self.config.arch_config.spatial_ratio for side in latents.shape[-2:])
+        for step in range(1, latents.shape[2] + 1):
+            with ranks.agreement(f"latent frame {step} of {asked}"):
+                shard = next(pieces)
+                finite.raise_if_not()
+            frames = (
+                shard if choice.mode == "single" else paste(ranks.all_gather(shard), patches.outputs, height, width)
+            )
+            with ranks.agreement(f"frames of latent frame {step} taken"):
+                on_frames(frames)
+                if on_progress:
+                    on_progress(step, latents.shape[2])
+
+    def _hand_out(self, pixels: Tensor, ranks: RankGroup, on_frames: OnFrames) -> None:
+        """Finished pixels, in the pieces that a stream would have given."""
+        with ranks.agreement("frames taken"):
+            on_frames(pixels[:, :, :1])
+            for frames in pixels[:, :, 1:].split(self.config.arch_config.temporal_ratio, dim=2):
+                if frames.shape[2]:
+                    on_frames(frames)
+
+    def _check_and_choose(
+        self, latents: Tensor, mode: str | None, ranks: RankGroup, output_type: str, budget: int
+    ) -> tuple[DecodePlanner, DecodeChoice, FiniteCheck]:
+        check_half("decoder", self.config.load_decoder)
+        check_output_type(output_type)
+        check_latents(latents, self.config.arch_config, self.dtype, self.device)
+        finite = FiniteCheck("latents", latents)
+        key = (self.config, latents.shape, latents.dtype, mode, ranks.size, budget)
+        if key not in self._choices:
+            planner = self._decode_planner(latents)
+            self._choices[key] = (planner, planner.choose(mode, ranks.size, budget))
+            if len(self._choices) > _PLANS_KEPT:
+                del self._choices[next(iter(self._choices))]
+        return *self._choices[key], finite
 
     def _decode_window(
         self,
         latents: Tensor,
         trace: Sequence[Window],
         padded_size: tuple[int, int],
-        convert: Callable[[Tensor], Tensor],
+        as_uint8: bool,
         on_progress: Progress | None,
     ) -> Tensor:
         """The pixels of one window, [B, 3, F, *padded_size], filled from the top left."""
         arch = self.config.arch_config
         lat_frames = latents.shape[2]
-        size = (latents.shape[0], arch.input_channels, arch.pixel_frames(lat_frames), *padded_size)
-        window = trace[-1]
-        shard = convert(latents.new_zeros(1)).new_zeros(size)
-        if not window.area:
-            return shard
+        pieces = self._shards(latents, trace, padded_size, as_uint8)
+        if lat_frames > 1:
+            size = (latents.shape[0], arch.input_channels, arch.pixel_frames(lat_frames), *padded_size)
+            shard = latents.new_empty(size, dtype=torch.uint8 if as_uint8 else latents.dtype)
         first = 0
-        for step, pixels in enumerate(self.engine.decode(latents, trace), start=1):
-            frames = slice(first, first + pixels.shape[2])
-            shard[:, :, frames, : window.rows.size, : window.cols.size] = convert(pixels)
-            first = frames.stop
-            if on_progress:
+        for step, piece in enumerate(pieces, start=1):
+            if lat_frames == 1:
+                shard = piece
+            else:
+                shard[:, :, first : first + piece.shape[2]] = piece
+            first += piece.shape[2]
+            if on_progress and trace[-1].area:
                 on_progress(step, lat_frames)
         return shard
+
+    def _shards(
+        self, latents: Tensor, trace: Sequence[Window], padded_size: tuple[int, int], as_uint8: bool
+    ) -> Iterator[Tensor]:
+        """The pixels of one window, a latent frame at a time: [B, 3, f, *padded_size], filled from the top left."""
+        arch, window = self.config.arch_config, trace[-1]
+        if (window.rows.size, window.cols.size) == padded_size:
+            yield from self.engine.decode(latents, trace, as_uint8=as_uint8)
+            return
+        pieces = self.engine.decode(latents, trace, as_uint8=as_uint8) if window.area else iter(())
+        for step in range(latents.shape[2]):
+            size = (latents.shape[0], arch.input_channels, arch.temporal_ratio if step else 1, *padded_size)
+            shard = latents.new_zeros(size, dtype=torch.uint8 if as_uint8 else latents.dtype)
+            if window.area:
+                shard[..., : window.rows.size, : window.cols.size] = next(pieces)
+            yield shard
 
     def _decode_tiles(self, latents: Tensor, tiles: TilePlan, ranks: RankGroup, on_progress: Progress | None) -> Tensor:
         """This rank's tiles, each as if it were the whole picture: [most tiles of a rank, B, 3, F, rows, cols]."""
@@ -182,7 +276,7 @@ class ParallelTiledVAE(nn.Module):
         for index, tile in enumerate(own):
             cut = latents[..., tile.rows.start : tile.rows.stop, tile.cols.start : tile.cols.stop].contiguous()
             report = _part_of(on_progress, index, len(own))
-            decoded.append(self._decode_window(cut, trace, padded_size, _unchanged, report))
+            decoded.append(self._decode_window(cut, trace, padded_size, False, report))
         if not decoded:  # more ranks than tiles
             arch = self.config.arch_config
             frames = arch.pixel_frames(latents.shape[2])
@@ -242,10 +336,13 @@ class ParallelTiledVAE(nn.Module):
     def _ranks(self, parallel: bool) -> RankGroup:
         return self.parallel_group if parallel else RankGroup.alone()
 
-    def _tile_words(self) -> str:
+    def _request(self, latents: Tensor, mode: str | None, output_type: str) -> str:
+        """What a decode is asked for, in words that must be the same on every rank."""
         config = self.config
         tile = f"{config.tile_sample_min_height} x {config.tile_sample_min_width}"
-        return f"tiles {tile} px every {config.tile_sample_stride_height} x {config.tile_sample_stride_width}"
+        stride = f"{config.tile_sample_stride_height} x {config.tile_sample_stride_width}"
+        what = f"{mode or config.exact_mode} decode of {_shape_of(latents)} as {output_type}"
+        return f"{what}, tiles {tile} px every {stride}"
 
     def _decode_planner(self, latents: Tensor) -> DecodePlanner:
         head_work = self.engine.head_work(latents.shape[-2], latents.shape[-1])
@@ -268,8 +365,11 @@ class ParallelTiledVAE(nn.Module):
             logger.info("decode: %s: %s", choice.how, choice.reason)
 
 
-def _unchanged(pixels: Tensor) -> Tensor:
-    return pixels
+def _share(planner: DecodePlanner, choice: DecodeChoice, ranks: RankGroup) -> tuple[PatchPlan, tuple[Window, ...]]:
+    """The windows of an exact decode, and the trace of this rank's own."""
+    sharing = ranks if choice.mode == "patch" else RankGroup.alone()
+    patches = planner.patches(sharing.size)
+    return patches, patches.traces[sharing.rank]
 
 
 def _shape_of(value: object) -> str:

@@ -23,9 +23,10 @@ class Engine(Protocol):
     feature_channels: int
     """Channels of the encoder's features."""
 
-    def decode(self, latents: Tensor, trace: Sequence[Window]) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, trace: Sequence[Window], *, as_uint8: bool = False) -> Iterator[Tensor]:
         """Pixels of the window ``trace[-1]`` from whole latents [B, z, T, h, w], a latent frame at a time:
-        one pixel frame first, then ``temporal_ratio`` for each; [B, 3, f, rows, cols], clamped to [-1, 1]."""
+        one pixel frame first, then ``temporal_ratio`` for each; [B, 3, f, rows, cols], clamped to [-1, 1],
+        or as levels 0..255. The caller owns them."""
         ...
 
     def encode_window(self, pixels: Tensor, trace: Sequence[Window]) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from paravae.vae.models.blocks import CausalConv3d, FrameCache
 from paravae.vae.models.decoder import Decoder
 from paravae.vae.models.encoder import Encoder
 from paravae.vae.models.stage import crop, run_local
+from paravae.vae.pixels import to_uint8
 from paravae.vae.plan import Span, Window
 
 
@@ -34,31 +35,43 @@ class TorchEngine:
         self.decoder_stages = tuple(stage.geometry for stage in self._tail)
         self.feature_channels = 0 if encoder is None else encoder.feature_channels
 
-    def decode(self, latents: Tensor, trace: Sequence[Window]) -> Iterator[Tensor]:
-        if self._decoder is None or self._post_quant_conv is None:
-            raise ValueError("this VAE was built without its decoder (load_decoder=False), so it cannot decode")
+    def decode(self, latents: Tensor, trace: Sequence[Window], *, as_uint8: bool = False) -> Iterator[Tensor]:
+        post_quant_conv, decoder = self._decoder_parts()
         cache = self._stream(latents.shape[2])
         for frame in latents.split(1, dim=2):
-            features = self._decoder.head(self._post_quant_conv(frame), cache)
-            pixels = run_local(self._tail, _cut(features, trace[0]), trace, cache)
-            yield pixels.clamp(-1, 1)
+            features = decoder.head(post_quant_conv(frame), cache)
+            pixels = run_local(self._tail, cut(features, trace[0]), trace, cache).clamp(-1, 1)
+            yield to_uint8(pixels) if as_uint8 else pixels
 
     def encode_window(self, pixels: Tensor, trace: Sequence[Window]) -> Iterator[Tensor]:
+        self._encoder_parts()
         cache = self._stream(pixels.shape[2])
-        lone, rest = pixels[:, :, :1], pixels[:, :, 1:]
-        pieces = (lone, *rest.split(self._temporal_ratio, dim=2)) if rest.shape[2] else (lone,)
-        for piece in pieces:
-            yield run_local(self._body, _cut(piece, trace[0]), trace, cache)
+        for piece in self._pieces(pixels):
+            yield run_local(self._body, cut(piece, trace[0]), trace, cache)
 
     def encode_features(self, features: Tensor) -> Tensor:
-        if self._encoder is None or self._quant_conv is None:
-            raise ValueError("this VAE was built without its encoder (load_encoder=False), so it cannot encode")
+        encoder, quant_conv = self._encoder_parts()
         cache = self._stream(features.shape[2])
-        moments = [self._encoder.head(frame, cache) for frame in features.split(1, dim=2)]
-        return self._quant_conv(torch.cat(moments, dim=2))
+        moments = [encoder.head(frame, cache) for frame in features.split(1, dim=2)]
+        return quant_conv(torch.cat(moments, dim=2))
 
     def head_work(self, lat_height: int, lat_width: int) -> int:
         return 0 if self._decoder is None else self._decoder.head_work(lat_height, lat_width)
+
+    def _decoder_parts(self) -> tuple[CausalConv3d, Decoder]:
+        if self._decoder is None or self._post_quant_conv is None:
+            raise ValueError("this VAE was built without its decoder (load_decoder=False), so it cannot decode")
+        return self._post_quant_conv, self._decoder
+
+    def _encoder_parts(self) -> tuple[Encoder, CausalConv3d]:
+        if self._encoder is None or self._quant_conv is None:
+            raise ValueError("this VAE was built without its encoder (load_encoder=False), so it cannot encode")
+        return self._encoder, self._quant_conv
+
+    def _pieces(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """The frames that make one latent frame each: the first alone, then ``temporal_ratio`` at a time."""
+        lone, rest = pixels[:, :, :1], pixels[:, :, 1:]
+        return (lone, *rest.split(self._temporal_ratio, dim=2)) if rest.shape[2] else (lone,)
 
     @staticmethod
     def _stream(frames: int) -> FrameCache | None:
@@ -66,5 +79,6 @@ class TorchEngine:
         return {} if frames > 1 else None
 
 
-def _cut(x: Tensor, window: Window) -> Tensor:
+def cut(x: Tensor, window: Window) -> Tensor:
+    """``window`` of [..., H, W]."""
     return crop(x, Window(Span(0, x.shape[-2]), Span(0, x.shape[-1])), window)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from paravae.vae.plan import LocalStage
 
-FrameCache = dict[nn.Module, Tensor]
-"""Each causal layer's memory of its stream: its own last one or two input frames."""
+FrameCache = dict[object, Tensor]
+"""By causal layer, its memory of its stream: its own last one or two input frames."""
 
 
 class CausalConv3d(nn.Conv3d):
@@ -152,7 +152,8 @@ class Upsample(nn.Module):
             if self.time_conv in cache:
                 x = self._double_frames(self.time_conv(x, cache))
             else:  # the stream's first frame stays one frame and is not remembered
-                cache[self.time_conv] = torch.zeros_like(x).repeat(1, 1, self.time_conv.history, 1, 1)
+                history = (*x.shape[:2], self.time_conv.history, *x.shape[3:])
+                cache[self.time_conv] = x.new_zeros(history)
         return _each_frame(self.resample, x)
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,9 +14,9 @@ from paravae.vae.plan import LocalStage, Window
 
 @dataclass(frozen=True)
 class Stage:
-    """One local step: ``run(x, cache)`` on [B, C, T, H, W], with its geometry."""
+    """One local step: ``run(x, cache)`` on [B, C, T, H, W], or what a faster network hands on, with its geometry."""
 
-    run: Callable[[Tensor, FrameCache | None], Tensor]
+    run: Callable[[Any, FrameCache | None], Any]
     geometry: LocalStage
 
     @staticmethod
@@ -34,10 +35,16 @@ def crop(x: Tensor, have: Window, want: Window) -> Tensor:
     return x[..., rows, cols]
 
 
-def run_local(stages: Sequence[Stage], x: Tensor, trace: Sequence[Window], cache: FrameCache | None) -> Tensor:
+def run_local(
+    stages: Sequence[Stage],
+    x: Any,
+    trace: Sequence[Window],
+    cache: FrameCache | None,
+    crop: Callable[[Any, Window, Window], Any] = crop,
+) -> Any:
     """Run local stages on the window ``trace[0]`` that ``x`` covers, giving exactly the window ``trace[-1]``.
 
-    After every stage its spoilt edges, and all that no later stage needs, are cut away.
+    After every stage its spoilt edges, and all that no later stage needs, are cut away by ``crop(x, have, want)``.
     """
     for stage, fed, wanted in zip(stages, trace, trace[1:], strict=False):
         x = stage.run(x, cache)

@@ -1,0 +1,373 @@
+"""The networks as they run fast: weights folded once, activations channels last, no pass for a bias alone.
+
+They compute what ``decoder.py`` and ``encoder.py`` compute, from the same weights, to rounding:
+
+- A lone frame's causal convolutions meet only their last tap in time: they are 2-D.
+- Convolutions leave their bias to whoever reads their output next. What is still to be added to the residual
+  stream, a bias and a branch, travels with it (``Flow``) until a norm has to read it anyway (``norm_silu``).
+- Upsampling and its convolution are one transposed convolution; the projection after the attention is part of the
+  values; the last norm, convolution and clamp are ``to_pixels``.
+
+Activations are [B, F, H, W, C]. As in ``blocks.py`` a stream's state stands in a ``FrameCache``, ``None`` for a
+lone frame; the first piece of a stream is one frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paravae.layers.attention import wide_attention
+from paravae.layers.norm_silu import norm_silu
+from paravae.layers.to_pixels import tap_columns, to_pixels
+from paravae.layers.upsample import fold_upsample, upsample_conv
+from paravae.vae.models.blocks import (
+    Attention,
+    CausalConv3d,
+    Downsample,
+    FrameCache,
+    MidBlock,
+    ResidualBlock,
+    RMSNorm,
+    Upsample,
+)
+from paravae.vae.models.decoder import Decoder
+from paravae.vae.models.encoder import Encoder
+from paravae.vae.models.stage import Stage, crop
+from paravae.vae.pixels import to_uint8
+from paravae.vae.plan import Window
+
+_PIXEL_CHANNELS = 8  # cuDNN's channels-last kernels for matrix units take multiples of 8, so not 3
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The residual stream between two blocks, with what is still to be added to it.
+
+    ``x``: [B, F, H, W, C], owned by whoever holds the flow, who may write to it; ``bias``: [C], at least fp32;
+    ``branch``: like ``x``.
+    """
+
+    x: Tensor
+    bias: Tensor | None = None
+    branch: Tensor | None = None
+
+    def normed(self, gamma: Tensor, *, silu: bool = True, out: Tensor | None = None) -> tuple[Tensor, Flow]:
+        """Norm (and SiLU) of the sum, and the stream after it: a branch is added by then, a lone bias still not."""
+        if self.branch is None:
+            return norm_silu(self.x, gamma, self.bias, silu=silu, out=out), self
+        return norm_silu(self.branch, gamma, self.bias, self.x, silu=silu, out=out), Flow(self.x)
+
+    def total(self, out: Tensor | None = None) -> Tensor:
+        """The sum, in ``x``'s own memory unless ``out`` is given."""
+        if self.bias is None and self.branch is None:
+            return self.x if out is None else out.copy_(self.x)
+        out = self.x if out is None else out
+        if self.branch is None:
+            return norm_silu(self.x, None, self.bias, out=out)
+        return norm_silu(self.branch, None, self.bias, self.x, out=out)
+
+
+def crop_flow(flow: Flow | Tensor, have: Window, want: Window) -> Flow | Tensor:
+    """Cut ``want`` out of a flow, or of finished pixels [..., H, W], that covers ``have``."""
+    if isinstance(flow, Tensor) or have == want:
+        return crop(flow, have, want) if isinstance(flow, Tensor) else flow
+
+    def cut(x: Tensor) -> Tensor:
+        return crop(x.movedim(-1, 0), have, want).movedim(0, -1)
+
+    return Flow(cut(flow.x), flow.bias, None if flow.branch is None else cut(flow.branch))
+
+
+class FoldedConv:
+    """A causal convolution, same-padded in space, without its bias: 2-D for a lone frame, 3-D in a stream.
+
+    It takes ``channels``: its own, or ``least_channels`` with zeros for those that it lacks.
+    """
+
+    def __init__(self, conv: CausalConv3d, least_channels: int = 0) -> None:
+        missing = max(0, least_channels - conv.in_channels)
+        self._weight = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else conv.weight
+        self._lone = self._weight[:, :, -1].contiguous(memory_format=torch.channels_last)
+        self._causal: Tensor | None = None
+        self._padding = (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
+        self.channels = self._weight.shape[1]
+        self.history = conv.history
+        self.bias = _wide(conv.bias)
+
+    @property
+    def matrix(self) -> Tensor:
+        """[C', C], in at least fp32, of a convolution of one tap."""
+        return _wide(self._lone.flatten(1))
+
+    def room(self, like: Tensor, cache: FrameCache | None) -> tuple[Tensor, Tensor]:
+        """Memory for an input of ``like``'s frames, and the part of it that these are to be written to: what
+        stands before that part is the stream's history."""
+        past = None if cache is None else cache.get(self)
+        batch, frames, height, width = like.shape[:4]
+        before = 0 if past is None else self.history
+        whole = like.new_empty((batch, before + frames, height, width, self.channels))
+        if past is not None:
+            whole[:, :before] = past
+        return whole, whole[:, before:]
+
+    def in_stream(self, cache: FrameCache | None) -> bool:
+        """Whether frames came before, so that the input needs ``room`` for them."""
+        return cache is not None and self in cache
+
+    def begin(self, first: Tensor, cache: FrameCache, *, remember: bool = True) -> None:
+        """Start a stream with the frame ``first``, which is not remembered where the network forgets it."""
+        past = first.new_zeros((first.shape[0], self.history, *first.shape[2:]))
+        if remember:
+            past[:, -1:] = first
+        cache[self] = past
+
+    def __call__(self, whole: Tensor, cache: FrameCache | None = None) -> Tensor:
+        """Convolve what ``room`` made room for: [B, history + F, H, W, C] -> [B, F, H, W, C']."""
+        if cache is None or not self.history:
+            return _each_frame(lambda x: F.conv2d(x, self._lone, padding=self._padding[1:]), whole)
+        if self not in cache:
+            self.begin(whole, cache)
+            return _each_frame(lambda x: F.conv2d(x, self._lone, padding=self._padding[1:]), whole)
+        cache[self].copy_(whole[:, -self.history :])
+        if self._causal is None:
+            self._causal = self._weight.contiguous(memory_format=torch.channels_last_3d)
+        convolved = F.conv3d(whole.permute(0, 4, 1, 2, 3), self._causal, padding=self._padding)
+        return convolved.permute(0, 2, 3, 4, 1).contiguous()
+
+
+class FoldedResidual:
+    """``ResidualBlock``: its second convolution's output stays a branch of the flow."""
+
+    def __init__(self, block: ResidualBlock) -> None:
+        self._gamma1, self._gamma2 = _gamma(block.norm1), _gamma(block.norm2)
+        self._conv1, self._conv2 = FoldedConv(block.conv1), FoldedConv(block.conv2)
+        self._shortcut = None if block.conv_shortcut is None else FoldedConv(block.conv_shortcut)
+
+    def __call__(self, flow: Flow, cache: FrameCache | None = None) -> Flow:
+        whole, new = self._conv1.room(flow.x, cache)
+        _, flow = flow.normed(self._gamma1, out=new)
+        middle = self._conv1(whole, cache)
+        del whole, new  # as large as anything here: let the next take its place
+        if self._conv2.in_stream(cache):
+            whole, new = self._conv2.room(middle, cache)
+        else:
+            whole = new = middle
+        norm_silu(middle, self._gamma2, self._conv1.bias, out=new)
+        branch = self._conv2(whole, cache)
+        return Flow(*self._way_round(flow), branch)
+
+    def _way_round(self, flow: Flow) -> tuple[Tensor, Tensor]:
+        """The stream beside the block, and all bias that stream and branch still lack."""
+        x, bias = flow.x, self._conv2.bias
+        if self._shortcut is None:
+            return x, bias if flow.bias is None else bias + flow.bias
+        bias = bias + self._shortcut.bias
+        if flow.bias is not None:
+            bias = bias + self._shortcut.matrix @ flow.bias
+        return self._shortcut(x), bias
+
+
+class FoldedAttention:
+    """``Attention``, the projection taken into the values: the rows of softmax add up to one, so their bias too."""
+
+    def __init__(self, attention: Attention) -> None:
+        weight, bias = attention.to_qkv.weight.flatten(1), attention.to_qkv.bias
+        assert bias is not None
+        assert attention.proj.bias is not None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        projection = attention.proj.weight.flatten(1).to(wide)
+        query_key, value = weight.tensor_split((2 * weight.shape[1],))
+        query_key_bias, value_bias = bias.tensor_split((2 * weight.shape[1],))
+        self._weight = torch.cat([query_key, (projection @ value.to(wide)).to(weight.dtype)])
+        self._qkv_bias = torch.cat([query_key_bias, torch.zeros_like(value_bias)])
+        self._bias = projection @ value_bias.to(wide) + attention.proj.bias.to(wide)
+        self._gamma = _gamma(attention.norm)
+
+    def __call__(self, flow: Flow) -> Flow:
+        normed, flow = flow.normed(self._gamma, silu=False)
+        qkv = F.linear(normed.flatten(0, 1).flatten(1, 2), self._weight, self._qkv_bias)
+        branch = wide_attention(qkv).view(flow.x.shape)
+        return Flow(flow.x, self._bias if flow.bias is None else self._bias + flow.bias, branch)
+
+
+class FoldedMid:
+    """``MidBlock``."""
+
+    def __init__(self, mid: MidBlock) -> None:
+        first, last = mid.resnets
+        (attention,) = mid.attentions
+        assert isinstance(first, ResidualBlock)
+        assert isinstance(last, ResidualBlock)
+        assert isinstance(attention, Attention)
+        self._first, self._attention, self._last = (
+            FoldedResidual(first),
+            FoldedAttention(attention),
+            FoldedResidual(last),
+        )
+
+    def __call__(self, flow: Flow, cache: FrameCache | None = None) -> Flow:
+        return self._last(self._attention(self._first(flow, cache)), cache)
+
+
+class FoldedUpsample:
+    """``Upsample``."""
+
+    def __init__(self, upsample: Upsample) -> None:
+        conv = upsample.resample[1]
+        assert isinstance(conv, nn.Conv2d)
+        self._weight = fold_upsample(conv.weight).contiguous(memory_format=torch.channels_last)
+        self._bias = _wide(conv.bias)
+        self._time_conv = None if upsample.time_conv is None else FoldedConv(upsample.time_conv)
+
+    def __call__(self, flow: Flow, cache: FrameCache | None = None) -> Flow:
+        x = flow.total()
+        if self._time_conv is not None and cache is not None:
+            if self._time_conv.in_stream(cache):
+                x = self._double_frames(self._time_conv, x, cache)
+            else:
+                self._time_conv.begin(x, cache, remember=False)
+        return Flow(_each_frame(lambda picture: upsample_conv(picture, self._weight), x), self._bias)
+
+    @staticmethod
+    def _double_frames(time_conv: FoldedConv, x: Tensor, cache: FrameCache) -> Tensor:
+        """[B, F, H, W, C] -> [B, 2 F, H, W, C]: the halves of the convolution's channels are even and odd frames."""
+        whole, new = time_conv.room(x, cache)
+        new.copy_(x)
+        doubled = Flow(time_conv(whole, cache), time_conv.bias).total()
+        return doubled.unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2).contiguous()
+
+
+class FoldedDownsample:
+    """``Downsample``."""
+
+    def __init__(self, downsample: Downsample) -> None:
+        conv = downsample.resample[1]
+        assert isinstance(conv, nn.Conv2d)
+        self._weight = conv.weight.contiguous(memory_format=torch.channels_last)
+        self._bias = _wide(conv.bias)
+        self._time_conv = downsample.time_conv
+        if downsample.time_conv is not None:
+            self._time_weight = downsample.time_conv.weight.contiguous(memory_format=torch.channels_last_3d)
+            self._time_bias = _wide(downsample.time_conv.bias)
+
+    def __call__(self, flow: Flow, cache: FrameCache | None = None) -> Flow:
+        batch, frames, height, width, channels = flow.x.shape
+        padded = flow.x.new_empty((batch, frames, height + 1, width + 1, channels))
+        padded[:, :, height] = 0
+        padded[:, :, :, width] = 0
+        flow.total(out=padded[:, :, :height, :width])
+        flow = Flow(_each_frame(lambda x: F.conv2d(x, self._weight, stride=2), padded), self._bias)
+        if self._time_conv is None or cache is None:
+            return flow
+        x, past = flow.total(), cache.get(self)
+        cache[self] = x[:, -1:].clone()
+        if past is None:
+            return Flow(x)
+        stream = torch.cat([past, x], dim=1).permute(0, 4, 1, 2, 3)
+        halved = F.conv3d(stream, self._time_weight, stride=(2, 1, 1)).permute(0, 2, 3, 4, 1)
+        return Flow(halved.contiguous(), self._time_bias)
+
+
+_FOLDED: dict[type[nn.Module], Callable[..., Callable[[Flow, FrameCache | None], Flow]]] = {
+    ResidualBlock: FoldedResidual,
+    Upsample: FoldedUpsample,
+    Downsample: FoldedDownsample,
+}
+
+
+class FoldedDecoder:
+    """``Decoder`` with the convolution before it: latents [B, z, 1, h, w] to pixels, a latent frame at a time."""
+
+    def __init__(self, post_quant_conv: CausalConv3d, decoder: Decoder) -> None:
+        self._post_quant_conv = post_quant_conv
+        self._conv_in, self._mid = FoldedConv(decoder.conv_in), FoldedMid(decoder.mid_block)
+        self._gamma, self._conv_out = _gamma(decoder.norm_out), FoldedConv(decoder.conv_out)
+        self._columns = tap_columns(decoder.conv_out.weight[:, :, -1])
+        *local, last = decoder.tail()
+        self._local = tuple(Stage(_fold(stage), stage.geometry) for stage in local)
+        self._last_geometry = last.geometry
+
+    def head(self, latents: Tensor, cache: FrameCache | None) -> Flow:
+        """The part that needs the whole frame: [B, z, 1, h, w] -> [B, 1, h, w, C]."""
+        z = self._post_quant_conv(latents, cache)
+        whole, new = self._conv_in.room(z.movedim(1, -1), cache)
+        _channels_last(z, new)
+        return self._mid(Flow(self._conv_in(whole, cache), self._conv_in.bias), cache)
+
+    def tail(self, *, as_uint8: bool) -> tuple[Stage, ...]:
+        """The local stages, the last of which gives pixels [B, 3, F, H, W], clamped."""
+        return (*self._local, Stage(partial(self._to_pixels, as_uint8=as_uint8), self._last_geometry))
+
+    def _to_pixels(self, flow: Flow, cache: FrameCache | None, *, as_uint8: bool) -> Tensor:
+        if cache is None:
+            x = flow.x if flow.branch is None else flow.branch
+            residual = None if flow.branch is None else flow.x
+            bias = flow.x.new_zeros(self._gamma.shape, dtype=self._gamma.dtype) if flow.bias is None else flow.bias
+            return to_pixels(x, residual, bias, self._gamma, self._columns, self._conv_out.bias, as_uint8=as_uint8)
+        whole, new = self._conv_out.room(flow.x, cache)
+        flow.normed(self._gamma, out=new)
+        raw = self._conv_out(whole, cache)
+        pixels = (raw.to(self._conv_out.bias.dtype) + self._conv_out.bias).clamp_(-1, 1).movedim(-1, 1)
+        return to_uint8(pixels) if as_uint8 else pixels.to(raw.dtype)
+
+
+class FoldedEncoder:
+    """``Encoder`` with the convolution after it."""
+
+    def __init__(self, encoder: Encoder, quant_conv: CausalConv3d) -> None:
+        self._conv_in, self._mid = FoldedConv(encoder.conv_in, _PIXEL_CHANNELS), FoldedMid(encoder.mid_block)
+        self._gamma, self._conv_out = _gamma(encoder.norm_out), FoldedConv(encoder.conv_out)
+        self._quant_conv = quant_conv
+        first, *local = encoder.body()
+        self._body = (Stage(self._enter, first.geometry), *(Stage(_fold(stage), stage.geometry) for stage in local))
+
+    def body(self) -> tuple[Stage, ...]:
+        """The local stages, the first of which takes pixels [B, 3, F, H, W]."""
+        return self._body
+
+    def _enter(self, pixels: Tensor, cache: FrameCache | None) -> Flow:
+        whole, new = self._conv_in.room(pixels.movedim(1, -1), cache)
+        _channels_last(pixels, new)
+        return Flow(self._conv_in(whole, cache), self._conv_in.bias)
+
+    def head(self, features: Tensor, cache: FrameCache | None) -> Tensor:
+        """The part that needs the whole frame: features [B, C, 1, h, w] -> moments [B, 2 z, 1, h, w]."""
+        flow = self._mid(Flow(features.movedim(1, -1).clone(memory_format=torch.contiguous_format)), cache)
+        whole, new = self._conv_out.room(flow.x, cache)
+        flow.normed(self._gamma, out=new)
+        moments = Flow(self._conv_out(whole, cache), self._conv_out.bias).total()
+        return self._quant_conv(moments.movedim(-1, 1), cache)
+
+
+def _fold(stage: Stage) -> Callable[[Flow, FrameCache | None], Flow]:
+    assert isinstance(stage.run, nn.Module)
+    return _FOLDED[type(stage.run)](stage.run)
+
+
+def _wide(vector: Tensor | None) -> Tensor:
+    """A bias in at least fp32."""
+    assert vector is not None
+    return vector.to(torch.promote_types(vector.dtype, torch.float32))
+
+
+def _gamma(norm: RMSNorm) -> Tensor:
+    return _wide(norm.gamma.flatten())
+
+
+def _each_frame(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Run a 2-D op on every frame: [B, F, H, W, C] -> [B, F, H', W', C']."""
+    y = run(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+    return y.unflatten(0, x.shape[:2])
+
+
+def _channels_last(x: Tensor, out: Tensor) -> None:
+    """Write [B, C, F, H, W] to ``out``, [B, F, H, W, C'] with C' >= C; zeros for the channels that x lacks."""
+    channels = x.shape[1]
+    out[..., :channels] = x.movedim(1, -1)
+    out[..., channels:] = 0
