@@ -15,7 +15,6 @@ lone frame; the first piece of a stream is one frame.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -38,107 +37,11 @@ from paravae.vae.models.blocks import (
 )
 from paravae.vae.models.decoder import Decoder
 from paravae.vae.models.encoder import Encoder
-from paravae.vae.models.stage import Stage, crop
+from paravae.vae.models.flow import Deferred, Flow, FoldedConv, each_frame, wide
+from paravae.vae.models.stage import Stage
 from paravae.vae.pixels import to_uint8
-from paravae.vae.plan import Window
 
 _PIXEL_CHANNELS = 8  # cuDNN's channels-last kernels for matrix units take multiples of 8, so not 3
-
-
-@dataclass(frozen=True)
-class Flow:
-    """The residual stream between two blocks, with what is still to be added to it.
-
-    ``x``: [B, F, H, W, C], owned by whoever holds the flow, who may write to it; ``bias``: [C], at least fp32;
-    ``branch``: like ``x``.
-    """
-
-    x: Tensor
-    bias: Tensor | None = None
-    branch: Tensor | None = None
-
-    def normed(self, gamma: Tensor, *, silu: bool = True, out: Tensor | None = None) -> tuple[Tensor, Flow]:
-        """Norm (and SiLU) of the sum, and the stream after it: a branch is added by then, a lone bias still not."""
-        if self.branch is None:
-            return norm_silu(self.x, gamma, self.bias, silu=silu, out=out), self
-        return norm_silu(self.branch, gamma, self.bias, self.x, silu=silu, out=out), Flow(self.x)
-
-    def total(self, out: Tensor | None = None) -> Tensor:
-        """The sum, in ``x``'s own memory unless ``out`` is given."""
-        if self.bias is None and self.branch is None:
-            return self.x if out is None else out.copy_(self.x)
-        out = self.x if out is None else out
-        if self.branch is None:
-            return norm_silu(self.x, None, self.bias, out=out)
-        return norm_silu(self.branch, None, self.bias, self.x, out=out)
-
-
-def crop_flow(flow: Flow | Tensor, have: Window, want: Window) -> Flow | Tensor:
-    """Cut ``want`` out of a flow, or of finished pixels [..., H, W], that covers ``have``."""
-    if isinstance(flow, Tensor) or have == want:
-        return crop(flow, have, want) if isinstance(flow, Tensor) else flow
-
-    def cut(x: Tensor) -> Tensor:
-        return crop(x.movedim(-1, 0), have, want).movedim(0, -1)
-
-    return Flow(cut(flow.x), flow.bias, None if flow.branch is None else cut(flow.branch))
-
-
-class FoldedConv:
-    """A causal convolution, same-padded in space, without its bias: 2-D for a lone frame, 3-D in a stream.
-
-    It takes ``channels``: its own, or ``least_channels`` with zeros for those that it lacks.
-    """
-
-    def __init__(self, conv: CausalConv3d, least_channels: int = 0) -> None:
-        missing = max(0, least_channels - conv.in_channels)
-        self._weight = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else conv.weight
-        self._lone = self._weight[:, :, -1].contiguous(memory_format=torch.channels_last)
-        self._causal: Tensor | None = None
-        self._padding = (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
-        self.channels = self._weight.shape[1]
-        self.history = conv.history
-        self.bias = _wide(conv.bias)
-
-    @property
-    def matrix(self) -> Tensor:
-        """[C', C], in at least fp32, of a convolution of one tap."""
-        return _wide(self._lone.flatten(1))
-
-    def room(self, like: Tensor, cache: FrameCache | None) -> tuple[Tensor, Tensor]:
-        """Memory for an input of ``like``'s frames, and the part of it that these are to be written to: what
-        stands before that part is the stream's history."""
-        past = None if cache is None else cache.get(self)
-        batch, frames, height, width = like.shape[:4]
-        before = 0 if past is None else self.history
-        whole = like.new_empty((batch, before + frames, height, width, self.channels))
-        if past is not None:
-            whole[:, :before] = past
-        return whole, whole[:, before:]
-
-    def in_stream(self, cache: FrameCache | None) -> bool:
-        """Whether frames came before, so that the input needs ``room`` for them."""
-        return cache is not None and self in cache
-
-    def begin(self, first: Tensor, cache: FrameCache, *, remember: bool = True) -> None:
-        """Start a stream with the frame ``first``, which is not remembered where the network forgets it."""
-        past = first.new_zeros((first.shape[0], self.history, *first.shape[2:]))
-        if remember:
-            past[:, -1:] = first
-        cache[self] = past
-
-    def __call__(self, whole: Tensor, cache: FrameCache | None = None) -> Tensor:
-        """Convolve what ``room`` made room for: [B, history + F, H, W, C] -> [B, F, H, W, C']."""
-        if cache is None or not self.history:
-            return _each_frame(lambda x: F.conv2d(x, self._lone, padding=self._padding[1:]), whole)
-        if self not in cache:
-            self.begin(whole, cache)
-            return _each_frame(lambda x: F.conv2d(x, self._lone, padding=self._padding[1:]), whole)
-        cache[self].copy_(whole[:, -self.history :])
-        if self._causal is None:
-            self._causal = self._weight.contiguous(memory_format=torch.channels_last_3d)
-        convolved = F.conv3d(whole.permute(0, 4, 1, 2, 3), self._causal, padding=self._padding)
-        return convolved.permute(0, 2, 3, 4, 1).contiguous()
 
 
 class FoldedResidual:
@@ -150,17 +53,29 @@ class FoldedResidual:
         self._shortcut = None if block.conv_shortcut is None else FoldedConv(block.conv_shortcut)
 
     def __call__(self, flow: Flow, cache: FrameCache | None = None) -> Flow:
-        whole, new = self._conv1.room(flow.x, cache)
-        _, flow = flow.normed(self._gamma1, out=new)
+        if self._conv1.in_stream(cache):
+            whole, new = self._conv1.room(flow.x, cache)
+            _, flow = flow.normed(self._gamma1, out=new)
+        else:
+            whole, flow = flow.normed(self._gamma1)
+        if self._conv1.can_fuse(cache):
+            activated = self._conv1.fused(whole, self._conv1.bias, self._gamma2)
+        else:
+            activated = self._between(whole, cache)
+        del whole  # as large as anything here: let the next take its place
+        x, bias = self._way_round(flow)
+        deferred = self._conv2.can_fuse(cache)
+        return Flow(x, bias, Deferred(self._conv2, activated) if deferred else self._conv2(activated, cache))
+
+    def _between(self, whole: Tensor, cache: FrameCache | None) -> Tensor:
+        """First convolution, norm and SiLU: what the second convolution reads, its history included."""
         middle = self._conv1(whole, cache)
-        del whole, new  # as large as anything here: let the next take its place
         if self._conv2.in_stream(cache):
             whole, new = self._conv2.room(middle, cache)
         else:
             whole = new = middle
         norm_silu(middle, self._gamma2, self._conv1.bias, out=new)
-        branch = self._conv2(whole, cache)
-        return Flow(*self._way_round(flow), branch)
+        return whole
 
     def _way_round(self, flow: Flow) -> tuple[Tensor, Tensor]:
         """The stream beside the block, and all bias that stream and branch still lack."""
@@ -222,7 +137,7 @@ class FoldedUpsample:
         conv = upsample.resample[1]
         assert isinstance(conv, nn.Conv2d)
         self._weight = fold_upsample(conv.weight).contiguous(memory_format=torch.channels_last)
-        self._bias = _wide(conv.bias)
+        self._bias = wide(conv.bias)
         self._time_conv = None if upsample.time_conv is None else FoldedConv(upsample.time_conv)
 
     def __call__(self, flow: Flow, cache: FrameCache | None = None) -> Flow:
@@ -232,7 +147,7 @@ class FoldedUpsample:
                 x = self._double_frames(self._time_conv, x, cache)
             else:
                 self._time_conv.begin(x, cache, remember=False)
-        return Flow(_each_frame(lambda picture: upsample_conv(picture, self._weight), x), self._bias)
+        return Flow(each_frame(lambda picture: upsample_conv(picture, self._weight), x), self._bias)
 
     @staticmethod
     def _double_frames(time_conv: FoldedConv, x: Tensor, cache: FrameCache) -> Tensor:
@@ -250,11 +165,11 @@ class FoldedDownsample:
         conv = downsample.resample[1]
         assert isinstance(conv, nn.Conv2d)
         self._weight = conv.weight.contiguous(memory_format=torch.channels_last)
-        self._bias = _wide(conv.bias)
+        self._bias = wide(conv.bias)
         self._time_conv = downsample.time_conv
         if downsample.time_conv is not None:
             self._time_weight = downsample.time_conv.weight.contiguous(memory_format=torch.channels_last_3d)
-            self._time_bias = _wide(downsample.time_conv.bias)
+            self._time_bias = wide(downsample.time_conv.bias)
 
     def __call__(self, flow: Flow, cache: FrameCache | None = None) -> Flow:
         batch, frames, height, width, channels = flow.x.shape
@@ -262,7 +177,7 @@ class FoldedDownsample:
         padded[:, :, height] = 0
         padded[:, :, :, width] = 0
         flow.total(out=padded[:, :, :height, :width])
-        flow = Flow(_each_frame(lambda x: F.conv2d(x, self._weight, stride=2), padded), self._bias)
+        flow = Flow(each_frame(lambda x: F.conv2d(x, self._weight, stride=2), padded), self._bias)
         if self._time_conv is None or cache is None:
             return flow
         x, past = flow.total(), cache.get(self)
@@ -306,7 +221,8 @@ class FoldedDecoder:
 
     def _to_pixels(self, flow: Flow, cache: FrameCache | None, *, as_uint8: bool) -> Tensor:
         if cache is None:
-            x = flow.x if flow.branch is None else flow.branch
+            flow = Flow(flow.total()) if isinstance(flow.branch, Deferred) else flow
+            x = flow.x if not isinstance(flow.branch, Tensor) else flow.branch
             residual = None if flow.branch is None else flow.x
             bias = flow.x.new_zeros(self._gamma.shape, dtype=self._gamma.dtype) if flow.bias is None else flow.bias
             return to_pixels(x, residual, bias, self._gamma, self._columns, self._conv_out.bias, as_uint8=as_uint8)
@@ -350,20 +266,8 @@ def _fold(stage: Stage) -> Callable[[Flow, FrameCache | None], Flow]:
     return _FOLDED[type(stage.run)](stage.run)
 
 
-def _wide(vector: Tensor | None) -> Tensor:
-    """A bias in at least fp32."""
-    assert vector is not None
-    return vector.to(torch.promote_types(vector.dtype, torch.float32))
-
-
 def _gamma(norm: RMSNorm) -> Tensor:
-    return _wide(norm.gamma.flatten())
-
-
-def _each_frame(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Run a 2-D op on every frame: [B, F, H, W, C] -> [B, F, H', W', C']."""
-    y = run(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
-    return y.unflatten(0, x.shape[:2])
+    return wide(norm.gamma.flatten())
 
 
 def _channels_last(x: Tensor, out: Tensor) -> None:

@@ -1,0 +1,168 @@
+"""What runs between two blocks of a folded network, and the convolution that feeds it. See ``folded.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paravae.layers.fused_conv import CHANNELS as FUSED_CHANNELS
+from paravae.layers.fused_conv import fused_conv, pack_weight
+from paravae.layers.norm_silu import norm_silu
+from paravae.vae.models.blocks import CausalConv3d, FrameCache
+from paravae.vae.models.stage import crop
+from paravae.vae.plan import Window
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The residual stream between two blocks, with what is still to be added to it.
+
+    ``x``: [B, F, H, W, C], owned by whoever holds the flow, who may write to it; ``bias``: [C], at least fp32;
+    ``branch``: like ``x``, or the convolution that will give it, left until it is known what follows.
+    """
+
+    x: Tensor
+    bias: Tensor | None = None
+    branch: Tensor | Deferred | None = None
+
+    def normed(self, gamma: Tensor, *, silu: bool = True, out: Tensor | None = None) -> tuple[Tensor, Flow]:
+        """Norm (and SiLU) of the sum, and the stream after it: a branch is added by then, a lone bias still not."""
+        if self.branch is None:
+            return norm_silu(self.x, gamma, self.bias, silu=silu, out=out), self
+        if isinstance(self.branch, Deferred) and silu and out is None and self.bias is not None:
+            return self.branch.fused(self.bias, gamma, self.x), Flow(self.x)
+        flow = self.computed()
+        assert isinstance(flow.branch, Tensor)
+        return norm_silu(flow.branch, gamma, self.bias, self.x, silu=silu, out=out), Flow(self.x)
+
+    def total(self, out: Tensor | None = None) -> Tensor:
+        """The sum, in ``x``'s own memory unless ``out`` is given."""
+        if self.bias is None and self.branch is None:
+            return self.x if out is None else out.copy_(self.x)
+        if isinstance(self.branch, Deferred) and out is None and self.bias is not None:
+            return self.branch.fused(self.bias, None, self.x)
+        out = self.x if out is None else out
+        if self.branch is None:
+            return norm_silu(self.x, None, self.bias, out=out)
+        flow = self.computed()
+        assert isinstance(flow.branch, Tensor)
+        return norm_silu(flow.branch, None, self.bias, self.x, out=out)
+
+    def computed(self) -> Flow:
+        """With the branch as a tensor, if there is one."""
+        return replace(self, branch=self.branch.now()) if isinstance(self.branch, Deferred) else self
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A convolution of a lone frame that has not been run: with what follows it, it is one kernel."""
+
+    conv: FoldedConv
+    activated: Tensor
+
+    def now(self) -> Tensor:
+        """Its raw output."""
+        return self.conv(self.activated)
+
+    def fused(self, bias: Tensor, gamma: Tensor | None, residual: Tensor) -> Tensor:
+        """``fused_conv`` of it: ``residual`` becomes the sum, and is the result where there is no norm."""
+        return self.conv.fused(self.activated, bias, gamma, residual)
+
+
+def crop_flow(flow: Flow | Tensor, have: Window, want: Window) -> Flow | Tensor:
+    """Cut ``want`` out of a flow, or of finished pixels [..., H, W], that covers ``have``."""
+    if have == want:
+        return flow
+    if isinstance(flow, Tensor):
+        return crop(flow, have, want)
+
+    def cut(x: Tensor) -> Tensor:
+        return crop(x.movedim(-1, 0), have, want).movedim(0, -1)
+
+    flow = flow.computed()
+    assert not isinstance(flow.branch, Deferred)
+    return Flow(cut(flow.x), flow.bias, None if flow.branch is None else cut(flow.branch))
+
+
+class FoldedConv:
+    """A causal convolution, same-padded in space, without its bias: 2-D for a lone frame, 3-D in a stream.
+
+    It takes ``channels``: its own, or ``least_channels`` with zeros for those that it lacks.
+    """
+
+    def __init__(self, conv: CausalConv3d, least_channels: int = 0) -> None:
+        missing = max(0, least_channels - conv.in_channels)
+        self._weight = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else conv.weight
+        self._lone = self._weight[:, :, -1].contiguous(memory_format=torch.channels_last)
+        self._causal: Tensor | None = None
+        self._padding = (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
+        self.channels = self._weight.shape[1]
+        self.history = conv.history
+        self.bias = wide(conv.bias)
+        # Where channels are few, library and norm leave the GPU half idle; elsewhere they are as fast as one kernel.
+        fusable = tuple(self._lone.shape) == (FUSED_CHANNELS, FUSED_CHANNELS, 3, 3)
+        self._packed = pack_weight(self._lone) if fusable else None
+
+    @property
+    def matrix(self) -> Tensor:
+        """[C', C], in at least fp32, of a convolution of one tap."""
+        return wide(self._lone.flatten(1))
+
+    def room(self, like: Tensor, cache: FrameCache | None) -> tuple[Tensor, Tensor]:
+        """Memory for an input of ``like``'s frames, and the part of it that these are to be written to: what
+        stands before that part is the stream's history."""
+        past = None if cache is None else cache.get(self)
+        batch, frames, height, width = like.shape[:4]
+        before = 0 if past is None else self.history
+        whole = like.new_empty((batch, before + frames, height, width, self.channels))
+        if past is not None:
+            whole[:, :before] = past
+        return whole, whole[:, before:]
+
+    def in_stream(self, cache: FrameCache | None) -> bool:
+        """Whether frames came before, so that the input needs ``room`` for them."""
+        return cache is not None and self in cache
+
+    def begin(self, first: Tensor, cache: FrameCache, *, remember: bool = True) -> None:
+        """Start a stream with the frame ``first``, which is not remembered where the network forgets it."""
+        past = first.new_zeros((first.shape[0], self.history, *first.shape[2:]))
+        if remember:
+            past[:, -1:] = first
+        cache[self] = past
+
+    def can_fuse(self, cache: FrameCache | None) -> bool:
+        """Whether this is a lone frame's convolution for which ``fused`` is the better way."""
+        return cache is None and self._packed is not None
+
+    def fused(self, activated: Tensor, bias: Tensor, gamma: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """``fused_conv`` with these weights: convolution, bias, residual, norm and SiLU."""
+        return fused_conv(activated, self._lone, self._packed, bias, gamma, residual)
+
+    def __call__(self, whole: Tensor, cache: FrameCache | None = None) -> Tensor:
+        """Convolve what ``room`` made room for: [B, history + F, H, W, C] -> [B, F, H, W, C']."""
+        if cache is None or not self.history:
+            return each_frame(lambda x: F.conv2d(x, self._lone, padding=self._padding[1:]), whole)
+        if self not in cache:
+            self.begin(whole, cache)
+            return each_frame(lambda x: F.conv2d(x, self._lone, padding=self._padding[1:]), whole)
+        cache[self].copy_(whole[:, -self.history :])
+        if self._causal is None:
+            self._causal = self._weight.contiguous(memory_format=torch.channels_last_3d)
+        convolved = F.conv3d(whole.permute(0, 4, 1, 2, 3), self._causal, padding=self._padding)
+        return convolved.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def wide(vector: Tensor | None) -> Tensor:
+    """A bias in at least fp32."""
+    assert vector is not None
+    return vector.to(torch.promote_types(vector.dtype, torch.float32))
+
+
+def each_frame(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Run a 2-D op on every frame: [B, F, H, W, C] -> [B, F, H', W', C']."""
+    y = run(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+    return y.unflatten(0, x.shape[:2])
