@@ -4,6 +4,7 @@ own, since a CPU has no graphs. The real ones are in test_cuda.py."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ class Recorder:
         self.replayed: list[int] = []
         self._too_large = too_large
 
-    def __call__(self, function: Function, value: Tensor, working_bytes: int) -> Function:
+    def __call__(self, function: Function, value: Tensor, working: Sequence[int]) -> Function:
         if value.numel() >= self._too_large:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee documentation")
         self.recorded.append(value.numel())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -65,30 +67,38 @@ def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, device: torch.de
 class FiniteCheck:
     """Refuses NaN and Inf without making a GPU wait.
 
-    On the CPU it looks at once. On a GPU the verdict is copied to the host behind the work already queued, and
-    asked for only after this decode's own work has been queued too, so the GPU never runs dry meanwhile.
+    On the CPU it looks at once. On a GPU it looks when asked, after this decode's own work has been queued, from a
+    stream of its own, where the values are waited for but not that work: so neither GPU nor host runs dry meanwhile.
     """
 
     def __init__(self, name: str, values: Tensor) -> None:
         self._name = name
         self._values = values
-        largest = torch.linalg.vector_norm(values, torch.inf)  # one pass; NaN and Inf stay what they are
-        self._copied: torch.cuda.Event | None = None
+        self._there: torch.cuda.Event | None = None
         if values.is_cuda:
-            self._largest = torch.empty((), dtype=values.dtype, pin_memory=True)
-            self._largest.copy_(largest, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(values.device))
+            self._there = torch.cuda.Event()
+            self._there.record(torch.cuda.current_stream(values.device))
         else:
-            self._largest = largest
             self.raise_if_not()
 
     def raise_if_not(self) -> None:
         """Raise ValueError if a value was NaN or Inf."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        if not self._largest.isfinite():
+        if not self._largest().isfinite():
             nan, inf = int(self._values.isnan().sum()), int(self._values.isinf().sum())
             raise ValueError(
                 f"{self._name} hold {nan} NaN and {inf} Inf among {self._values.numel()} values, need finite numbers"
             )
+
+    def _largest(self) -> Tensor:
+        """The largest magnitude, on the host. One pass over the values; NaN and Inf stay what they are."""
+        if self._there is None:
+            return torch.linalg.vector_norm(self._values, torch.inf)
+        stream = _side_stream(self._values.device)
+        stream.wait_event(self._there)
+        with torch.cuda.stream(stream):
+            return torch.linalg.vector_norm(self._values, torch.inf).cpu()
+
+
+@lru_cache(maxsize=16)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)  # its kernel is small, and is not to queue behind a decode's

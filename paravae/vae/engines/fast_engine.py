@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -14,7 +15,8 @@ from paravae.vae.engines.torch_engine import TorchEngine, cut
 from paravae.vae.models.blocks import CausalConv3d, FrameCache
 from paravae.vae.models.decoder import Decoder
 from paravae.vae.models.encoder import Encoder
-from paravae.vae.models.folded import Flow, FoldedDecoder, FoldedEncoder, crop_flow
+from paravae.vae.models.flow import Flow, crop_flow
+from paravae.vae.models.folded import FoldedDecoder, FoldedEncoder
 from paravae.vae.models.stage import run_local
 from paravae.vae.plan import Span, Stages, Window, peak_elements
 
@@ -62,8 +64,8 @@ class FastEngine(TorchEngine):
             flow = crop_flow(decoder.head(frame, cache), _whole(frame), trace[0])
             return run_local(decoder.tail(as_uint8=as_uint8), flow, trace, cache, crop_flow).contiguous()
 
-        memory = self._working_bytes(self.decoder_stages, trace, latents)
-        yield from self._run(("decode", trace, as_uint8), pixels_of, latents.split(1, dim=2), memory)
+        working = partial(_working, self.decoder_stages, trace, latents)
+        yield from self._run(("decode", trace, as_uint8), pixels_of, latents.split(1, dim=2), working)
 
     def encode_window(self, pixels: Tensor, trace: Sequence[Window]) -> Iterator[Tensor]:
         self._encoder_parts()
@@ -78,8 +80,8 @@ class FastEngine(TorchEngine):
             assert isinstance(flow, Flow)
             return flow.total().movedim(-1, 1).contiguous()
 
-        memory = self._working_bytes(self.encoder_stages, trace, pixels)
-        yield from self._run(("encode", trace), features_of, self._pieces(pixels), memory)
+        working = partial(_working, self.encoder_stages, trace, pixels)
+        yield from self._run(("encode", trace), features_of, self._pieces(pixels), working)
 
     def encode_features(self, features: Tensor) -> Tensor:
         self._encoder_parts()
@@ -93,26 +95,21 @@ class FastEngine(TorchEngine):
         key: tuple[object, ...],
         function: Callable[[Tensor, FrameCache | None], Tensor],
         pieces: Sequence[Tensor],
-        memory: int = 0,
+        working: Callable[[], Sequence[int]] = tuple,
     ) -> Iterator[Tensor]:
         """``function`` of the pieces of a stream; a lone piece goes through the graphs."""
+
+        def tuned(piece: Tensor, cache: FrameCache | None) -> Tensor:
+            with _tuned_convolutions():  # not around the yields: the setting is the process's
+                return function(piece, cache)
+
         if len(pieces) == 1:
             key = (*key, pieces[0].shape, pieces[0].dtype, pieces[0].device)
-            with _tuned_convolutions():
-                lone = self.graphs.run(key, lambda piece: function(piece, None), pieces[0], memory)
-            yield lone
+            yield self.graphs.run(key, lambda piece: tuned(piece, None), pieces[0], working)
             return
         cache: FrameCache = {}
         for piece in pieces:
-            with _tuned_convolutions():  # not around the yield: the setting is the process's
-                result = function(piece, cache)
-            yield result
-
-    @staticmethod
-    def _working_bytes(stages: Stages, trace: Sequence[Window], value: Tensor) -> int:
-        """Of a lone frame: the stream, a branch's input and its output at the largest level, and a little more."""
-        largest = value.shape[0] * peak_elements(stages, trace) * value.element_size()
-        return 3 * largest + largest // 16
+            yield tuned(piece, cache)
 
     def _is_for(self, value: Tensor) -> bool:
         """Gradients are the plain engine's: the fused kernels have none."""
@@ -134,10 +131,11 @@ class _Copy(Generic[Folded]):
         self._tables = [part._parameters for part in parts]  # looked at for every decode: traversal would take longer
         self._make, self._when_changed = make, when_changed
         self._copy: Folded | None = None
-        self._made_from: list[tuple[int, int]] = []
+        self._made_from: tuple[list[int], list[int]] = [], []
 
     def up_to_date(self) -> Folded:
-        now = [(parameter.data_ptr(), parameter._version) for parameter in self._parameters()]
+        parameters = list(self._parameters())
+        now = [parameter.data_ptr() for parameter in parameters], [parameter._version for parameter in parameters]
         if self._copy is None or now != self._made_from:
             if self._copy is not None:
                 self._copy = None
@@ -158,6 +156,12 @@ def _tuned_convolutions() -> AbstractContextManager[None]:
     """cuDNN tries its algorithms at the first call of each shape and keeps the fastest."""
     cudnn = torch.backends.cudnn
     return cudnn.flags(enabled=cudnn.enabled, benchmark=True, deterministic=False, allow_tf32=cudnn.allow_tf32)
+
+
+def _working(stages: Stages, trace: Sequence[Window], value: Tensor) -> tuple[int, ...]:
+    """Bytes of the largest tensors of a lone frame: the stream, what a convolution reads, what it writes."""
+    largest = value.shape[0] * peak_elements(stages, trace) * value.element_size()
+    return largest, largest, largest
 
 
 def _whole(x: Tensor) -> Window:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -28,17 +28,18 @@ class CudaGraph:
     """``function`` recorded as one CUDA graph, with memory of its own for input, result and all between.
 
     A replay waits for the one before, on whatever stream that was, and hands out a copy of the result.
-    ``working_bytes``: what the function needs at once. Taken in one piece beforehand, it serves large and small
-    tensors in turn; taken as they come, each size would keep memory of its own, twice as much in all.
+    ``working``: the bytes of the largest tensors that the function holds at once. Taken beforehand, they serve
+    smaller tensors too; taken as they come, each size would keep memory of its own, twice as much in all.
     """
 
-    def __init__(self, function: Function, value: Tensor, working_bytes: int) -> None:
+    def __init__(self, function: Function, value: Tensor, working: Sequence[int]) -> None:
         self._input = value.clone()
         self._graph = torch.cuda.CUDAGraph()
         self._done = torch.cuda.Event()
         # thread_local: other threads (NCCL's watchdog) may call CUDA meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            torch.empty(working_bytes, dtype=torch.uint8, device=value.device)  # returned at once, for what follows
+            taken = [torch.empty(size, dtype=torch.uint8, device=value.device) for size in working]
+            del taken  # to the graph's own pool
             self._output = function(self._input)
         self._done.record()
 
@@ -58,7 +59,7 @@ class GraphCache:
     def __init__(
         self,
         limit: int,
-        record: Callable[[Function, Tensor, int], Recorded] = CudaGraph,
+        record: Callable[[Function, Tensor, Sequence[int]], Recorded] = CudaGraph,
         can_record: Callable[[Tensor], bool] | None = None,
     ) -> None:
         self._limit, self._record, self._can_record = limit, record, can_record or _on_a_free_stream
@@ -84,14 +85,19 @@ class GraphCache:
                 self._graphs.clear()
                 _return_memory()
 
-    def run(self, key: Hashable, function: Function, value: Tensor, working_bytes: int = 0) -> Tensor:
-        """``function(value)``; ``key`` names everything but the values in ``value`` that the result depends on."""
+    def run(
+        self, key: Hashable, function: Function, value: Tensor, working: Callable[[], Sequence[int]] = tuple
+    ) -> Tensor:
+        """``function(value)``; ``key`` names everything but the values in ``value`` that the result depends on.
+
+        ``working``: asked, if a graph is recorded, for the bytes of the largest tensors held at once.
+        """
         if self._limit == 0 or not self._can_record(value):
             return function(value)
         with self._lock:
             graph = self._graphs.get(key)
             if graph is None and key in self._seen and self._seen[key] is None:
-                graph = self._try_to_record(key, function, value, working_bytes)
+                graph = self._try_to_record(key, function, value, working())
             if graph is not None:
                 self._graphs.move_to_end(key)
                 return graph(value)
@@ -100,12 +106,14 @@ class GraphCache:
                 self._seen.popitem(last=False)
         return function(value)
 
-    def _try_to_record(self, key: Hashable, function: Function, value: Tensor, working_bytes: int) -> Recorded | None:
+    def _try_to_record(
+        self, key: Hashable, function: Function, value: Tensor, working: Sequence[int]
+    ) -> Recorded | None:
         while len(self._graphs) >= self._limit:
             self._graphs.popitem(last=False)
             _return_memory()
         try:
-            graph = self._graphs[key] = self._record(function, value, working_bytes)
+            graph = self._graphs[key] = self._record(function, value, working)
         except RuntimeError as error:  # out of memory among them
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             logger.warning("no CUDA graph for %s, it runs eagerly: %s", list(value.shape), reason)
