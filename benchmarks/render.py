@@ -2,8 +2,9 @@
 
     python -m benchmarks.render            # rewrites the blocks between the marks
     python -m benchmarks.render --check    # fails if a file would change
+    python -m benchmarks.render --plot     # draws docs/single_gpu.png as well
 
-A block stands between ``<!-- results: NAME -->`` and ``<!-- end -->``.
+A block stands between ``<!-- results: NAME -->`` and ``<!-- end -->``; one whose results are not there stays.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
+PLOT = ROOT / "docs/single_gpu.png"
 FILES = ("README.md", "docs/measurements.md")
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -104,7 +106,87 @@ def tiling() -> str:
     return f"{machine_line(report)}, fp32.\n\n" + table(head, rows)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
+NAMES = {"paravae": "paravae", "diffusers": "diffusers", "compile": "torch.compile", "sglang": "SGLang"}
+
+
+def load_single_gpu() -> dict[str, Any] | None:
+    """The report of benchmarks/single_gpu.py, None if there is none."""
+    return load("single_gpu") if (RESULTS / "single_gpu.json").is_file() else None
+
+
+def by_case(report: dict[str, Any], what: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The rows of decodes or encodes: {size and length: {who: row}}, in the file's order."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in report["rows"]:
+        if row["what"] == what:
+            length = f", {row['frames']} frames" if row["frames"] > 1 else ""
+            found.setdefault(row["size"] + length, {})[row["who"]] = row
+    return found
+
+
+def single_gpu(what: str) -> str | None:
+    """A line a size: everyone's time, how many times as long as paravae's, and memory."""
+    report = load_single_gpu()
+    if report is None:
+        return None
+    who = list(report["contestants"])
+    names = [NAMES[name] for name in who]
+    rows = []
+    for case, found in by_case(report, what).items():
+        own = found["paravae"]["ms"]
+        times = [_figure(found, name, "ms", "{:.1f}") for name in who]
+        ratios = [f"{found[name]['ms'] / own:.2f}x" if "ms" in found.get(name, {}) else "-" for name in who[1:]]
+        peaks = [_figure(found, name, "peak_gib", "{:.2f}") for name in who]
+        rows.append([case, *times, *ratios, " / ".join(peaks)])
+    head = [what, *(f"{name}, ms" for name in names), *(f"against {name}" for name in names[1:])]
+    text = f"{report['args']['dtype']}, {machine_line(report)}. Peak memory over the weights: {' / '.join(names)}.\n\n"
+    return text + table([*head, "peak GiB"], rows)
+
+
+def single_gpu_all() -> str | None:
+    """A line for each contestant of each case: times, errors, memory, and shares of the machine's rates."""
+    report = load_single_gpu()
+    if report is None:
+        return None
+    rates, rows = report["rates"], []
+    for what in ("decode", "encode"):
+        for case, found in by_case(report, what).items():
+            rows += [[f"{what} {case}", NAMES[who], *_figures(row)] for who, row in found.items()]
+    head = [
+        "what", "who", "ms", "p20 to p80", "max error", "RMS error", "correct", "peak GiB", "in the first calls",
+        "of the matmul rate", "of the copy rate",
+    ]  # fmt: skip
+    text = (
+        f"{report['args']['dtype']}, {machine_line(report)}; bf16 matrix product {rates['bf16_matmul_tflops']:.0f} "
+        f"TFLOP/s, copy {rates['copy_gb_per_s']:.0f} GB/s.\n\n"
+    )
+    skipped = report.get("skipped")
+    return text + table(head, rows) + (f"\nNot measured, for want of time: {'; '.join(skipped)}.\n" if skipped else "")
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    if "failed" in row:
+        return ["failed", *[""] * 8]
+    peak, first_peak = (_figure({"": row}, "", name, "{:.2f}") for name in ("peak_gib", "first_peak_gib"))
+    return [
+        f"{row['ms']:.2f}", f"{row['p20_ms']:.2f} to {row['p80_ms']:.2f}", f"{row['max_error']:.4f}",
+        f"{row['rms_error']:.5f}", "yes" if row["correct"] else "**no**", peak, first_peak,
+        f"{row['matmul_share']:.0%}", f"{row['copy_share']:.0%}",
+    ]  # fmt: skip
+
+
+def _figure(found: dict[str, dict[str, Any]], who: str, name: str, form: str) -> str:
+    """A value of ``who``'s row as text: "-" where there is none."""
+    row = found.get(who, {})
+    if "failed" in row:
+        return "failed"
+    return "-" if row.get(name) is None else form.format(row[name])
+
+
+BLOCKS: dict[str, Callable[[], str | None]] = {
+    "single_gpu": lambda: single_gpu("decode"),
+    "single_gpu-encode": lambda: single_gpu("encode"),
+    "single_gpu-all": single_gpu_all,
     "tiny": tiny,
     "tiny-pictures": tiny_pictures,
     "modes-1024": modes_readme,
@@ -116,13 +198,35 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    return _BLOCK.sub(lambda block: f"{block[1]}{BLOCKS[block[2]]()}{block[3]}", text)
+    def rendered(block: re.Match[str]) -> str:
+        inside = BLOCKS[block[2]]()
+        return block[0] if inside is None else f"{block[1]}{inside}{block[3]}"
+
+    return _BLOCK.sub(rendered, text)
+
+
+def plot() -> None:
+    """Draw docs/single_gpu.png."""
+    report = load_single_gpu()
+    if report is None:
+        raise SystemExit(f"{RESULTS / 'single_gpu.json'} does not exist; python -m benchmarks.single_gpu makes it")
+    from benchmarks.plot import draw  # matplotlib: tables need not wait for it
+
+    draw({what: by_case(report, what) for what in ("decode", "encode")}, NAMES, PLOT, _plot_title(report))
+
+
+def _plot_title(report: dict[str, Any]) -> str:
+    return f"Qwen-Image's VAE, batch 1, {report['args']['dtype']}: {machine_line(report)}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is not up to date")
-    check = parser.parse_args().check
+    parser.add_argument("--plot", action="store_true", help="draw docs/single_gpu.png as well")
+    args = parser.parse_args()
+    check = args.check
+    if args.plot:
+        plot()
     stale = []
     for name in FILES:
         path = ROOT / name

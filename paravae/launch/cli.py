@@ -1,4 +1,4 @@
-"""The command line: ``paravae demo | decode | encode``, alone or on every rank of ``torchrun -m paravae``."""
+"""The command line: ``paravae demo | decode | encode | bench``, alone or on every rank of ``torchrun -m paravae``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
 import paravae
-from paravae.launch import decode, demo, encode
+from paravae.launch import bench, decode, demo, encode
 from paravae.launch.errors import leave_at_once, report
 from paravae.launch.world import Place, place_from_environment
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": (demo, "decode a photograph in every mode on two CPU ranks, and show what differs"),
     "decode": (decode, "latents in a file -> a picture, a folder of frames or a video"),
     "encode": (encode, "a picture, a folder of frames or a video -> latents in a file"),
+    "bench": (bench, "how long decode and encode take here, checked first, and beside diffusers if asked"),
 }
 
 
