@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from paravae import AutoencoderKLQwenImage, QwenImageVAEConfig
+from paravae.configs.base import ENGINES
 from paravae.launch.world import World, place_from_environment, world
 from paravae.vae.comm import RankGroup
 
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--size", default="1024x1024", help="width x height in pixels")
     parser.add_argument("--frames", type=int, default=1, help="latent frames")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--engine", default="auto", choices=ENGINES, help="as the config's field")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
@@ -117,7 +119,7 @@ def run(args: argparse.Namespace, here: World) -> dict[str, object]:
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(here.device)
 
     peer = random_vae()
-    alone = QwenImageVAEConfig()
+    alone = QwenImageVAEConfig(engine=args.engine)
     shared = replace(alone, use_parallel_decode=True)
     vae = AutoencoderKLQwenImage(alone)
     vae.load_state_dict(peer.state_dict())
@@ -153,6 +155,7 @@ def run(args: argparse.Namespace, here: World) -> dict[str, object]:
         "size": args.size,
         "lat_frames": args.frames,
         "dtype": args.dtype,
+        "engine": args.engine,
         "unit": "ms: median wall time of the slowest rank; errors against fp32, pixels in [-1, 1]",
         "pixel_std": round(float(exact.std()), 4),
         "fp32_paravae_against_diffusers": fp32_gap,

@@ -183,7 +183,44 @@ def _figure(found: dict[str, dict[str, Any]], who: str, name: str, form: str) ->
     return "-" if row.get(name) is None else form.format(row[name])
 
 
+def single_gpu_compile() -> str | None:
+    """diffusers' class as torch.compile makes it, in a run of its own: it takes minutes for each shape."""
+    if not (RESULTS / "single_gpu_compile.json").is_file():
+        return None
+    report = load("single_gpu_compile")
+    rows = [
+        [f"{what} {case}", *(_figure(found, who, "ms", "{:.1f}") for who in report["contestants"])]
+        for what in ("decode", "encode")
+        for case, found in by_case(report, what).items()
+    ]
+    return table(["", *(f"{NAMES[name]}, ms" for name in report["contestants"])], rows)
+
+
+def parts() -> str | None:
+    """A line for each part of a decode: how often, how long, how near to what the machine can do."""
+    if not (RESULTS / "parts.json").is_file():
+        return None
+    report = load("parts")
+    rows = [
+        [
+            " ".join([row["part"], *row["options"]]),
+            f"{row['shape']} -> {row['out_channels']}",
+            str(row["count"]),
+            f"{row['ms']:.3f}",
+            f"{row['flops'] / 1e9:.1f}",
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['share_of_floor']:.0%}",
+        ]
+        for row in report["rows"]
+    ]
+    head = ["part", "shape", "times", "ms each", "GFLOP", "MB", "of what is possible"]
+    total = sum(row["count"] * row["ms"] for row in report["rows"])
+    return f"{machine_line(report)}. Together {total:.2f} ms.\n\n" + table(head, rows)
+
+
 BLOCKS: dict[str, Callable[[], str | None]] = {
+    "single_gpu-compile": single_gpu_compile,
+    "parts": parts,
     "single_gpu": lambda: single_gpu("decode"),
     "single_gpu-encode": lambda: single_gpu("encode"),
     "single_gpu-all": single_gpu_all,

@@ -6,13 +6,14 @@ set -uo pipefail
 out=${1:?usage: bash benchmarks/run_gpu.sh OUTPUT_FOLDER}
 mkdir -p "$out"
 python=${PYTHON:-python3}
-# ONLY=regex runs the steps whose names match.
+# ONLY=regex runs the steps whose names match; SGLANG=folder (benchmarks/fetch_sglang.sh) times SGLang's class too.
 gpus=$($python -c 'import torch; print(min(4, torch.cuda.device_count()))')
 on() { ranks=$1; shift; "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$@"; }
 failed=0
 step() { name=$1; shift; [[ $name =~ ${ONLY:-.} ]] || return 0; echo "== $name"; SECONDS=0; "$@" >"$out/$name.log" 2>&1 || { failed=1; echo "FAILED: $name"; tail -n 60 "$out/$name.log"; }; echo "   $SECONDS s"; }
 
 step tests_cuda "$python" -m pytest -q -rs -p no:cacheprovider tests/test_cuda.py --durations 5 -s
+step tests_kernels "$python" -m pytest -q -rs -p no:cacheprovider tests/test_layers.py tests/test_fused_conv.py --durations 5
 [ "$gpus" -lt 2 ] || step tests_nccl "$python" -m pytest -q -rs -p no:cacheprovider tests/test_nccl.py --durations 5
 [ "$gpus" -lt 2 ] || step commands bash benchmarks/check_commands.sh "$gpus"
 step tiling "$python" -m benchmarks.tiling --output "$out/tiling.json"
@@ -21,5 +22,7 @@ for ranks in 1 2 4; do
 done
 [ "$gpus" -lt 2 ] || step "modes_2048_bf16_$gpus" on "$gpus" -m benchmarks.modes --size 2048x2048 --repeats 8 --output "$out/modes_2048_bf16_$gpus.json"
 [ "$gpus" -lt 2 ] || step "modes_1024_fp32_$gpus" on "$gpus" -m benchmarks.modes --dtype float32 --repeats 5 --output "$out/modes_1024_fp32_$gpus.json"
+step parts "$python" -m benchmarks.parts --output "$out/parts.json"
+step single_gpu "$python" -m benchmarks.single_gpu --peers diffusers ${SGLANG:+--sglang "$SGLANG"} --minutes 9 --output "$out/single_gpu.json"
 "$python" -m benchmarks.gpu_summary "$out" "$gpus"
 exit $failed

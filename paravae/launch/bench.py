@@ -183,5 +183,5 @@ def raise_if_incorrect(rows: Sequence[Row]) -> None:
 
 def shown(args: argparse.Namespace) -> dict[str, Any]:
     """The flags for the result file."""
-    shown = {name: value for name, value in vars(args).items() if name not in ("run", "debug")}
+    shown = {name: value for name, value in vars(args).items() if name not in ("run", "debug", "output")}
     return {**shown, "sizes": [f"{width}x{height}" for width, height in args.sizes]}

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -36,8 +37,9 @@ class CudaGraph:
         self._input = value.clone()
         self._graph = torch.cuda.CUDAGraph()
         self._done = torch.cuda.Event()
+        stream = _recording_stream(value.device)
         # thread_local: other threads (NCCL's watchdog) may call CUDA meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             taken = [torch.empty(size, dtype=torch.uint8, device=value.device) for size in working]
             del taken  # to the graph's own pool
             self._output = function(self._input)
@@ -122,6 +124,18 @@ class GraphCache:
             return None
         del self._seen[key]
         return graph
+
+
+@lru_cache(maxsize=16)
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream to record on, whose matrix library has its workspace, lest it take it from the first graph's memory."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        tile = torch.zeros((16, 16), dtype=torch.bfloat16, device=device)
+        torch.addmm(tile[0], tile, tile)
+    stream.synchronize()
+    return stream
 
 
 def _on_a_free_stream(value: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,44 +17,64 @@ from paravae.vae.models.stage import crop
 from paravae.vae.plan import Window
 
 
-@dataclass(frozen=True)
+@dataclass
 class Flow:
     """The residual stream between two blocks, with what is still to be added to it.
 
     ``x``: [B, F, H, W, C], owned by whoever holds the flow, who may write to it; ``bias``: [C], at least fp32;
-    ``branch``: like ``x``, or the convolution that will give it, left until it is known what follows.
+    ``branch``: like ``x``, or the convolution that will give it, left until it is known what follows. What has been
+    added is let go of: at full resolution each of these is as large as all that the network holds elsewhere.
     """
 
     x: Tensor
     bias: Tensor | None = None
     branch: Tensor | Deferred | None = None
 
-    def normed(self, gamma: Tensor, *, silu: bool = True, out: Tensor | None = None) -> tuple[Tensor, Flow]:
-        """Norm (and SiLU) of the sum, and the stream after it: a branch is added by then, a lone bias still not."""
+    def normed(self, gamma: Tensor, *, silu: bool = True, out: Tensor | None = None) -> Tensor:
+        """Norm (and SiLU) of the sum. A branch is added to the stream by that, a lone bias still not."""
         if self.branch is None:
-            return norm_silu(self.x, gamma, self.bias, silu=silu, out=out), self
+            return norm_silu(self.x, gamma, self.bias, silu=silu, out=out)
         if isinstance(self.branch, Deferred) and silu and out is None and self.bias is not None:
-            return self.branch.fused(self.bias, gamma, self.x), Flow(self.x)
-        flow = self.computed()
-        assert isinstance(flow.branch, Tensor)
-        return norm_silu(flow.branch, gamma, self.bias, self.x, silu=silu, out=out), Flow(self.x)
+            result = self.branch.fused(self.bias, gamma, self.x)
+        else:
+            result = norm_silu(self._computed_branch(), gamma, self.bias, self.x, silu=silu, out=out)
+        self.bias = self.branch = None
+        return result
 
-    def total(self, out: Tensor | None = None) -> Tensor:
-        """The sum, in ``x``'s own memory unless ``out`` is given."""
+    def total(self) -> Tensor:
+        """The stream, with everything added."""
+        if isinstance(self.branch, Deferred) and self.bias is not None:
+            self.branch.fused(self.bias, None, self.x)
+        elif self.branch is not None:
+            norm_silu(self._computed_branch(), None, self.bias, self.x, out=self.x)
+        elif self.bias is not None:
+            norm_silu(self.x, None, self.bias, out=self.x)
+        self.bias = self.branch = None
+        return self.x
+
+    def total_to(self, out: Tensor) -> None:
+        """Write the sum elsewhere, in any strides, and go on there."""
         if self.bias is None and self.branch is None:
-            return self.x if out is None else out.copy_(self.x)
-        if isinstance(self.branch, Deferred) and out is None and self.bias is not None:
-            return self.branch.fused(self.bias, None, self.x)
-        out = self.x if out is None else out
-        if self.branch is None:
-            return norm_silu(self.x, None, self.bias, out=out)
-        flow = self.computed()
-        assert isinstance(flow.branch, Tensor)
-        return norm_silu(flow.branch, None, self.bias, self.x, out=out)
+            out.copy_(self.x)
+        elif self.branch is None:
+            norm_silu(self.x, None, self.bias, out=out)
+        else:
+            norm_silu(self._computed_branch(), None, self.bias, self.x, out=out)
+        self.x, self.bias, self.branch = out, None, None
 
-    def computed(self) -> Flow:
-        """With the branch as a tensor, if there is one."""
-        return replace(self, branch=self.branch.now()) if isinstance(self.branch, Deferred) else self
+    def cropped(self, have: Window, want: Window) -> Flow:
+        """``want`` of what covers ``have``."""
+
+        def cut(x: Tensor) -> Tensor:
+            return crop(x.movedim(-1, 0), have, want).movedim(0, -1)
+
+        return Flow(cut(self.x), self.bias, None if self.branch is None else cut(self._computed_branch()))
+
+    def _computed_branch(self) -> Tensor:
+        if isinstance(self.branch, Deferred):
+            self.branch = self.branch.now()
+        assert self.branch is not None
+        return self.branch
 
 
 @dataclass(frozen=True)
@@ -77,15 +97,7 @@ def crop_flow(flow: Flow | Tensor, have: Window, want: Window) -> Flow | Tensor:
     """Cut ``want`` out of a flow, or of finished pixels [..., H, W], that covers ``have``."""
     if have == want:
         return flow
-    if isinstance(flow, Tensor):
-        return crop(flow, have, want)
-
-    def cut(x: Tensor) -> Tensor:
-        return crop(x.movedim(-1, 0), have, want).movedim(0, -1)
-
-    flow = flow.computed()
-    assert not isinstance(flow.branch, Deferred)
-    return Flow(cut(flow.x), flow.bias, None if flow.branch is None else cut(flow.branch))
+    return crop(flow, have, want) if isinstance(flow, Tensor) else flow.cropped(have, want)
 
 
 class FoldedConv:

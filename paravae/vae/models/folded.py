@@ -55,9 +55,9 @@ class FoldedResidual:
     def __call__(self, flow: Flow, cache: FrameCache | None = None) -> Flow:
         if self._conv1.in_stream(cache):
             whole, new = self._conv1.room(flow.x, cache)
-            _, flow = flow.normed(self._gamma1, out=new)
+            flow.normed(self._gamma1, out=new)
         else:
-            whole, flow = flow.normed(self._gamma1)
+            whole = flow.normed(self._gamma1)
         if self._conv1.can_fuse(cache):
             activated = self._conv1.fused(whole, self._conv1.bias, self._gamma2)
         else:
@@ -105,7 +105,7 @@ class FoldedAttention:
         self._gamma = _gamma(attention.norm)
 
     def __call__(self, flow: Flow) -> Flow:
-        normed, flow = flow.normed(self._gamma, silu=False)
+        normed = flow.normed(self._gamma, silu=False)
         qkv = F.linear(normed.flatten(0, 1).flatten(1, 2), self._weight, self._qkv_bias)
         branch = wide_attention(qkv).view(flow.x.shape)
         return Flow(flow.x, self._bias if flow.bias is None else self._bias + flow.bias, branch)
@@ -173,10 +173,12 @@ class FoldedDownsample:
 
     def __call__(self, flow: Flow, cache: FrameCache | None = None) -> Flow:
         batch, frames, height, width, channels = flow.x.shape
+        if isinstance(flow.branch, Deferred):
+            flow.total()  # fused with the sum, and before there is one more tensor of this size
         padded = flow.x.new_empty((batch, frames, height + 1, width + 1, channels))
         padded[:, :, height] = 0
         padded[:, :, :, width] = 0
-        flow.total(out=padded[:, :, :height, :width])
+        flow.total_to(padded[:, :, :height, :width])
         flow = Flow(each_frame(lambda x: F.conv2d(x, self._weight, stride=2), padded), self._bias)
         if self._time_conv is None or cache is None:
             return flow
