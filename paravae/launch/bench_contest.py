@@ -21,7 +21,6 @@ from paravae.launch.world import World
 
 logger = logging.getLogger("paravae")
 
-OURS = "paravae"
 Row = dict[str, Any]
 
 

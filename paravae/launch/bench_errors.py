@@ -12,10 +12,13 @@ from paravae import AutoencoderKLQwenImage
 CORRECT_WORDS = (
     "max_error, rms_error: against paravae's plain PyTorch engine in fp32 (TF32 off); the input, rounded to the "
     "benched dtype, is the same for all. correct: RMS error at most 1.05 x that of diffusers' own class (eager) where "
-    "it ran, else at most 5 % of truth_std, the standard deviation of the fp32 result. Checked before any time counts."
+    "it ran (others than paravae: 1.5 x, which shows that they compute the same), else at most 5 % of truth_std, the "
+    "standard deviation of the fp32 result. Checked before any time counts."
 )
 REFERENCE = "diffusers"
+OURS = "paravae"
 _ALLOWED_RATIO = 1.05  # of the reference's RMS error
+_ALLOWED_PEER_RATIO = 1.5  # the same, of others: it is not ours to say how exact they should be
 _ALLOWED_SHARE = 0.05  # of the truth's standard deviation, where there is no reference
 _ROUNDING = 1e-5  # of the truth's standard deviation: fp32's own, by which two right ways to sum differ
 _NO_NUMBER = 1e6  # what an error counts as that is NaN or infinite: JSON has neither
@@ -72,4 +75,5 @@ def judge(rows: Sequence[dict[str, Any]]) -> None:
 def _allowed_rms(row: Mapping[str, Any], reference: float | None) -> float:
     if reference is None:
         return _ALLOWED_SHARE * row["truth_std"]
-    return max(_ALLOWED_RATIO * reference, _ROUNDING * row["truth_std"])
+    ratio = _ALLOWED_RATIO if row["who"] == OURS else _ALLOWED_PEER_RATIO
+    return max(ratio * reference, _ROUNDING * row["truth_std"])

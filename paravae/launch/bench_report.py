@@ -12,9 +12,9 @@ from rich.table import Table
 
 from paravae import AutoencoderKLQwenImage
 from paravae.files import whole_file
-from paravae.launch.bench_contest import OURS, Contest, Row
+from paravae.launch.bench_contest import Contest, Row
 from paravae.launch.bench_cost import COST_WORDS
-from paravae.launch.bench_errors import CORRECT_WORDS
+from paravae.launch.bench_errors import CORRECT_WORDS, OURS
 from paravae.launch.bench_peers import ours
 from paravae.launch.bench_timing import MEMORY_WORDS
 from paravae.launch.machine import describe
