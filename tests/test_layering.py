@@ -19,6 +19,7 @@ LAYERS = (
     ("paravae.vae.comm", "paravae.vae.blend", "paravae.vae.memory", "paravae.vae.checks"),
     ("paravae.vae.models", "paravae.vae.choice"),
     ("paravae.vae.engines",),
+    ("paravae.vae.share",),
     ("paravae.vae.parallel",),
     ("paravae.vae.autoencoders",),
     ("paravae.launch",),

@@ -12,6 +12,7 @@ from torch import nn
 from paravae import AutoencoderKLQwenImage, AutoencoderKLWan, QwenImageVAEArchConfig, WanVAEConfig
 from paravae.configs import WanVAEArchConfig
 from paravae.vae import plan
+from paravae.vae.memory import needed_bytes
 from tests.builders import max_error, noise, perturb, pictures, small_vae
 
 BOUNDS = {torch.float32: 2e-5, torch.float64: 1e-10}
@@ -131,6 +132,21 @@ def test_frames_stream(dtype: torch.dtype) -> None:
     assert max_error(vae.decode(latents[:, :, :2]), whole[:, :, :5]) <= BOUNDS[dtype]
     assert max_error(vae.decode(latents[:, :, :1]), whole[:, :, :1]) <= BOUNDS[dtype]
     assert max_error(vae.decode(latents[:, :, 1:2]), whole[:, :, 1:2]) > 1e-3, "later frames remember the earlier"
+
+
+def test_a_stream_is_not_refused_for_its_length() -> None:
+    """What is handed out need not be held: only what a latent frame takes counts against the limit."""
+    latents = noise(1, 16, 24, 2, 3)
+    stages = small_vae().engine.decoder_stages
+    traces = [plan.whole(stages, 2, 3)]
+    short, long = (needed_bytes(stages, traces, 4, torch.float32, 1, 3 * frames * 16 * 24) for frames in (5, 93))
+    assert short < long
+    vae = small_vae(memory_limit_gib=(short + long) / 2 / 2**30)
+    with pytest.raises(ValueError, match="memory_limit_gib"):
+        vae.decode(latents)
+    frames: list[torch.Tensor] = []
+    vae.decode(latents, on_frames=frames.append)
+    assert torch.equal(torch.cat(frames, dim=2), small_vae().decode(latents))
 
 
 def test_two_decodes_share_no_state() -> None:

@@ -1,4 +1,4 @@
-"""ParallelTiledVAE: plan -> each rank's own windows -> engine -> one gather -> paste or blend. Nothing else.
+"""ParallelTiledVAE: plan -> each rank's own share -> one gather -> paste or blend. Nothing else.
 
 Tensors are [B, C, T, H, W]: latents [B, z_dim, T, h, w], pixels [B, 3, F, 8 h, 8 w] with F = 4 T - 3 for the
 published models. Every rank of the parallel group calls with the same tensors and gets the whole result.
@@ -7,7 +7,7 @@ published models. Every rank of the parallel group calls with the same tensors a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import overload
 
 import torch
@@ -22,13 +22,11 @@ from paravae.vae.comm import RankGroup
 from paravae.vae.engines.base import Engine
 from paravae.vae.memory import GIB, device_bytes
 from paravae.vae.pixels import to_uint8
-from paravae.vae.plan import PatchPlan, TilePlan, Window
+from paravae.vae.plan import PatchPlan, Span, TilePlan, Window
 from paravae.vae.posterior import Posterior
+from paravae.vae.share import Progress, decode_tiles, decode_window, encode_window, window_pieces
 
 logger = logging.getLogger("paravae")
-
-Progress = Callable[[int, int], None]
-"""Told (steps done, steps in all) of this rank's share after each step: a latent frame of a window or tile."""
 
 OnFrames = Callable[[Tensor], object]
 """Takes the next frames of a decode, [B, 3, f, 8 h, 8 w]: one, then as many as a latent frame gives each time."""
@@ -148,15 +146,16 @@ class ParallelTiledVAE(nn.Module):
     ) -> Tensor:
         asked = self._request(latents, mode, output_type)
         budget = self._memory_budget(ranks)
-        as_uint8 = output_type == "uint8"
+        as_uint8, parts = output_type == "uint8", (self.engine, self.config.arch_config)
         with ranks.agreement(asked):
             planner, choice, finite = self._check_and_choose(latents, mode, ranks, output_type, budget)
             if choice.mode == "tiled":
                 tiles = planner.tiles()
-                shard = self._decode_tiles(latents, tiles, ranks, on_progress)
+                shares = plan.even_split(len(tiles.tiles), ranks.size)
+                shard = decode_tiles(*parts, latents, tiles, shares[ranks.rank], shares[0].size, on_progress)
             else:
                 patches, trace = _share(planner, choice, ranks)
-                shard = self._decode_window(latents, trace, patches.shard_size, as_uint8, on_progress)
+                shard = decode_window(*parts, latents, trace, patches.shard_size, as_uint8, on_progress)
             finite.raise_if_not()
         self._announce(choice)
         if choice.mode == "single":
@@ -165,7 +164,7 @@ class ParallelTiledVAE(nn.Module):
         height, width = (side * self.config.arch_config.spatial_ratio for side in latents.shape[-2:])
         if choice.mode == "patch":
             return paste(shards, patches.outputs, height, width)
-        picture = self._blend_tiles(shards, tiles, ranks, height, width)
+        picture = self._blend_tiles(shards, tiles, shares, height, width)
         return to_uint8(picture) if as_uint8 else picture.to(latents.dtype)
 
     @torch.no_grad()
@@ -181,13 +180,15 @@ class ParallelTiledVAE(nn.Module):
         asked = f"{self._request(latents, None, output_type)}, in a stream"
         budget = self._memory_budget(ranks)
         with ranks.agreement(asked):
-            planner, choice, finite = self._check_and_choose(latents, None, ranks, output_type, budget)
+            planner, choice, finite = self._check_and_choose(latents, None, ranks, output_type, budget, stream=True)
         if choice.mode == "tiled":
             self._hand_out(self._decode(latents, None, ranks, output_type, on_progress), ranks, on_frames)
             return
         self._announce(choice)
         patches, trace = _share(planner, choice, ranks)
-        pieces = self._shards(latents, trace, patches.shard_size, output_type == "uint8")
+        pieces = window_pieces(
+            self.engine, self.config.arch_config, latents, trace, patches.shard_size, output_type == "uint8"
+        )
         height, width = (side * self.config.arch_config.spatial_ratio for side in latents.shape[-2:])
         for step in range(1, latents.shape[2] + 1):
             with ranks.agreement(f"latent frame {step} of {asked}"):
@@ -211,82 +212,32 @@ class ParallelTiledVAE(nn.Module):
                     on_frames(frames)
 
     def _check_and_choose(
-        self, latents: Tensor, mode: str | None, ranks: RankGroup, output_type: str, budget: int
+        self,
+        latents: Tensor,
+        mode: str | None,
+        ranks: RankGroup,
+        output_type: str,
+        budget: int,
+        *,
+        stream: bool = False,
     ) -> tuple[DecodePlanner, DecodeChoice, FiniteCheck]:
+        """``stream``: the result is not held as a whole, but a latent frame's part at a time."""
         check_half("decoder", self.config.load_decoder)
         check_output_type(output_type)
         check_latents(latents, self.config.arch_config, self.dtype, self.device)
         finite = FiniteCheck("latents", latents)
-        key = (self.config, latents.shape, latents.dtype, mode, ranks.size, budget)
+        batch, channels, lat_frames, *lat_size = latents.shape
+        shape = (batch, channels, min(lat_frames, 2) if stream else lat_frames, *lat_size)
+        key = (self.config, shape, latents.dtype, mode, ranks.size, budget)
         if key not in self._choices:
-            planner = self._decode_planner(latents)
+            head_work = self.engine.head_work(*lat_size)
+            planner = DecodePlanner(self.config, self.engine.decoder_stages, head_work, shape, latents.dtype)
             self._choices[key] = (planner, planner.choose(mode, ranks.size, budget))
             if len(self._choices) > _PLANS_KEPT:
                 del self._choices[next(iter(self._choices))]
         return *self._choices[key], finite
 
-    def _decode_window(
-        self,
-        latents: Tensor,
-        trace: Sequence[Window],
-        padded_size: tuple[int, int],
-        as_uint8: bool,
-        on_progress: Progress | None,
-    ) -> Tensor:
-        """The pixels of one window, [B, 3, F, *padded_size], filled from the top left."""
-        arch = self.config.arch_config
-        lat_frames = latents.shape[2]
-        pieces = self._shards(latents, trace, padded_size, as_uint8)
-        if lat_frames > 1:
-            size = (latents.shape[0], arch.input_channels, arch.pixel_frames(lat_frames), *padded_size)
-            shard = latents.new_empty(size, dtype=torch.uint8 if as_uint8 else latents.dtype)
-        first = 0
-        for step, piece in enumerate(pieces, start=1):
-            if lat_frames == 1:
-                shard = piece
-            else:
-                shard[:, :, first : first + piece.shape[2]] = piece
-            first += piece.shape[2]
-            if on_progress and trace[-1].area:
-                on_progress(step, lat_frames)
-        return shard
-
-    def _shards(
-        self, latents: Tensor, trace: Sequence[Window], padded_size: tuple[int, int], as_uint8: bool
-    ) -> Iterator[Tensor]:
-        """The pixels of one window, a latent frame at a time: [B, 3, f, *padded_size], filled from the top left."""
-        arch, window = self.config.arch_config, trace[-1]
-        if (window.rows.size, window.cols.size) == padded_size:
-            yield from self.engine.decode(latents, trace, as_uint8=as_uint8)
-            return
-        pieces = self.engine.decode(latents, trace, as_uint8=as_uint8) if window.area else iter(())
-        for step in range(latents.shape[2]):
-            size = (latents.shape[0], arch.input_channels, arch.temporal_ratio if step else 1, *padded_size)
-            shard = latents.new_zeros(size, dtype=torch.uint8 if as_uint8 else latents.dtype)
-            if window.area:
-                shard[..., : window.rows.size, : window.cols.size] = next(pieces)
-            yield shard
-
-    def _decode_tiles(self, latents: Tensor, tiles: TilePlan, ranks: RankGroup, on_progress: Progress | None) -> Tensor:
-        """This rank's tiles, each as if it were the whole picture: [most tiles of a rank, B, 3, F, rows, cols]."""
-        shares = plan.even_split(len(tiles.tiles), ranks.size)
-        own = tiles.tiles[shares[ranks.rank].start : shares[ranks.rank].stop]
-        trace = plan.whole(self.engine.decoder_stages, *tiles.tile)
-        padded_size = (trace[-1].rows.size, trace[-1].cols.size)
-        decoded = []
-        for index, tile in enumerate(own):
-            cut = latents[..., tile.rows.start : tile.rows.stop, tile.cols.start : tile.cols.stop].contiguous()
-            report = _part_of(on_progress, index, len(own))
-            decoded.append(self._decode_window(cut, trace, padded_size, False, report))
-        if not decoded:  # more ranks than tiles
-            arch = self.config.arch_config
-            frames = arch.pixel_frames(latents.shape[2])
-            decoded = [latents.new_zeros(latents.shape[0], arch.input_channels, frames, *padded_size)]
-        most = max(share.size for share in shares)
-        return torch.stack(decoded + [torch.zeros_like(decoded[0])] * (most - len(decoded)))
-
-    def _blend_tiles(self, shards: Tensor, tiles: TilePlan, ranks: RankGroup, height: int, width: int) -> Tensor:
-        shares = plan.even_split(len(tiles.tiles), ranks.size)
+    def _blend_tiles(self, shards: Tensor, tiles: TilePlan, shares: Sequence[Span], height: int, width: int) -> Tensor:
         in_order = (shards[rank, slot] for rank, share in enumerate(shares) for slot in range(share.size))
         ratio = self.config.arch_config.spatial_ratio
         return cross_fade(in_order, [tile.scaled(ratio) for tile in tiles.tiles], height, width)
@@ -312,25 +263,11 @@ class ParallelTiledVAE(nn.Module):
             stages, channels = self.engine.encoder_stages, self.engine.feature_channels
             planner = EncodePlanner(self.config, stages, channels, pixels.shape, pixels.dtype)
             patches = planner.patches(ranks.size, budget)
-            shard = self._encode_window(pixels, planner.lat_frames, patches, ranks.rank, on_progress)
+            shard = encode_window(self.engine, pixels, planner.lat_frames, patches, ranks.rank, on_progress)
             finite.raise_if_not()
         features = paste(ranks.all_gather(shard), patches.outputs, *planner.lat_size)
         with ranks.agreement(asked):
             return Posterior.from_moments(self.engine.encode_features(features))
-
-    def _encode_window(
-        self, pixels: Tensor, lat_frames: int, patches: PatchPlan, rank: int, on_progress: Progress | None
-    ) -> Tensor:
-        """Features of one rank's window, [B, C, T, rows, cols], padded to the common shape."""
-        size = (pixels.shape[0], self.engine.feature_channels, lat_frames, *patches.shard_size)
-        shard = pixels.new_zeros(size)
-        trace = patches.traces[rank]
-        if trace[-1].area:
-            for index, features in enumerate(self.engine.encode_window(pixels, trace)):
-                shard[:, :, index : index + 1, : features.shape[-2], : features.shape[-1]] = features
-                if on_progress:
-                    on_progress(index + 1, lat_frames)
-        return shard
 
     # -------------------------------------------------------------------------------------------- planning
 
@@ -344,10 +281,6 @@ class ParallelTiledVAE(nn.Module):
         stride = f"{config.tile_sample_stride_height} x {config.tile_sample_stride_width}"
         what = f"{mode or config.exact_mode} decode of {_shape_of(latents)} as {output_type}"
         return f"{what}, tiles {tile} px every {stride}"
-
-    def _decode_planner(self, latents: Tensor) -> DecodePlanner:
-        head_work = self.engine.head_work(latents.shape[-2], latents.shape[-1])
-        return DecodePlanner(self.config, self.engine.decoder_stages, head_work, latents.shape, latents.dtype)
 
     def _memory_budget(self, ranks: RankGroup) -> int:
         """Bytes that a decode may need on any rank: the least of what each has, or has been limited to."""
@@ -375,10 +308,3 @@ def _share(planner: DecodePlanner, choice: DecodeChoice, ranks: RankGroup) -> tu
 
 def _shape_of(value: object) -> str:
     return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _part_of(on_progress: Progress | None, index: int, count: int) -> Progress | None:
-    """Progress of one tile among ``count``."""
-    if on_progress is None:
-        return None
-    return lambda done, total: on_progress(index * total + done, count * total)
