@@ -96,8 +96,13 @@ def encode_window(
     engine: Engine, pixels: Tensor, lat_frames: int, patches: PatchPlan, rank: int, on_progress: Progress | None
 ) -> Tensor:
     """Features of one rank's window, [B, C, T, rows, cols]."""
-    shard = pixels.new_zeros((pixels.shape[0], engine.feature_channels, lat_frames, *patches.shard_size))
     trace = patches.traces[rank]
+    if lat_frames == 1 and (trace[-1].rows.size, trace[-1].cols.size) == patches.shard_size:
+        (shard,) = engine.encode_window(pixels, trace)
+        if on_progress:
+            on_progress(1, 1)
+        return shard
+    shard = pixels.new_zeros((pixels.shape[0], engine.feature_channels, lat_frames, *patches.shard_size))
     if trace[-1].area:
         for index, features in enumerate(engine.encode_window(pixels, trace)):
             shard[:, :, index : index + 1, : features.shape[-2], : features.shape[-1]] = features

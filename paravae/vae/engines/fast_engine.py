@@ -134,7 +134,7 @@ class _Copy(Generic[Folded]):
         self._made_from: tuple[list[int], list[int]] = [], []
 
     def up_to_date(self) -> Folded:
-        parameters = list(self._parameters())
+        parameters = self._parameters()
         now = [parameter.data_ptr() for parameter in parameters], [parameter._version for parameter in parameters]
         if self._copy is None or now != self._made_from:
             if self._copy is not None:
@@ -148,8 +148,8 @@ class _Copy(Generic[Folded]):
     def needs_grad(self) -> bool:
         return any(parameter.requires_grad for parameter in self._parameters())
 
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        return (parameter for table in self._tables for parameter in table.values() if parameter is not None)
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for table in self._tables for parameter in table.values() if parameter is not None]
 
 
 def _tuned_convolutions() -> AbstractContextManager[None]:
