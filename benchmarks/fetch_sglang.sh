@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lay out in FOLDER what benchmarks/sglang_peer.py imports of SGLang: the part of its wheel that its VAE reaches, and
+# Lay out in FOLDER what benchmarks/sglang_import.py imports of SGLang: the part of its wheel that its VAE reaches, and
 # the small packages it needs. Nothing is installed; FOLDER is read as it lies.
 #   benchmarks/fetch_sglang.sh FOLDER [PYTHON_VERSION of the machine that will run it, default 3.12]
 set -euo pipefail

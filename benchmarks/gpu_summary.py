@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.machine import describe
+from paravae.launch.machine import describe
 
 WHAT = {"tests_cuda": "tests/test_cuda.py, one GPU", "tests_nccl": "tests/test_nccl.py, NCCL"}
 

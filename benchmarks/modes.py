@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,11 +22,11 @@ import torch
 from diffusers import AutoencoderKLQwenImage as DiffusersVAE
 from torch import Tensor
 
-from benchmarks.machine import describe
 from paravae import AutoencoderKLQwenImage, QwenImageVAEConfig
 from paravae.configs.base import ENGINES
+from paravae.launch.bench_timing import largest, spread
+from paravae.launch.machine import describe
 from paravae.launch.world import World, place_from_environment, world
-from paravae.vae.comm import RankGroup
 
 MODES = ("single", "patch", "tiled", "auto")
 
@@ -48,8 +47,8 @@ def decoder_of(mode: str, vae: AutoencoderKLQwenImage) -> Callable[[Tensor], Ten
     return vae.decode
 
 
-def median_ms(run: Callable[[], object], repeats: int, device: torch.device) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile of a call's wall time in ms, the device drained before and after."""
+def wall_ms(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    """Wall times of calls in ms, the device drained before and after each."""
 
     def drain() -> None:
         if device.type == "cuda":
@@ -62,13 +61,7 @@ def median_ms(run: Callable[[], object], repeats: int, device: torch.device) -> 
         run()
         drain()
         times.append(1e3 * (time.perf_counter() - start))
-    times.sort()
-    return statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5]
-
-
-def slowest(value: float, group: RankGroup) -> float:
-    """The largest of the ranks' values, to a thousandth."""
-    return -group.minimum("minus microseconds", -round(1e3 * value)) / 1e3
+    return times
 
 
 def errors(out: Tensor, reference: Tensor) -> dict[str, float]:
@@ -88,9 +81,9 @@ def measure(decode: Callable[[], Tensor], reference: Tensor, repeats: int, here:
     peak = torch.cuda.max_memory_allocated() - before if cuda else 0
     found = errors(out, reference)
     del out
-    ms, p20, p80 = median_ms(decode, repeats, here.device)
-    row: dict[str, object] = {"ms": slowest(ms, here.group), "p20_ms": round(p20, 3), "p80_ms": round(p80, 3)}
-    return {**row, **found, "peak_gib": round(peak / 2**30, 3) if cuda else None}
+    times = spread(wall_ms(decode, repeats, here.device))
+    times["ms"] = largest("ms", times["ms"], here.group)
+    return {**times, **found, "peak_gib": round(peak / 2**30, 3) if cuda else None}
 
 
 def main() -> None:

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.machine import describe
 from paravae import AutoencoderKLQwenImage, QwenImageVAEArchConfig, QwenImageVAEConfig
-from paravae.launch.bench_timing import machine_rates
+from paravae.launch.bench_timing import call_ms, machine_rates
+from paravae.launch.machine import describe
 from paravae.layers.attention import wide_attention
 from paravae.layers.fused_conv import fused_conv, pack_weight
 from paravae.layers.norm_silu import norm_silu
@@ -226,8 +226,6 @@ def _median_ms(call: Callable[[], object], device: torch.device) -> float:
         import triton
 
         return float(triton.testing.do_bench(call, warmup=5, rep=30, return_mode="median"))
-    from paravae.launch.bench_timing import call_ms
-
     return min(call_ms(call, device) for _ in range(2))
 
 

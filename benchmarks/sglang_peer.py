@@ -1,10 +1,9 @@
 """SGLang's own VAE class as a peer: its code, its kernels, its default quality, without its server.
 
 `benchmarks/fetch_sglang.sh FOLDER` lays out the part of the published wheel that the VAE imports; `build` loads a
-state dict of diffusers' `AutoencoderKLQwenImage` into SGLang's class the way SGLang's loader does. What is replaced
-here is only what never computes a pixel: the `__init__` files that would import the server, packages of the server
-that are not installed, and the fast paths of other VAEs. Whether its kernels really ran is not left to belief:
-`build` refuses a CUDA device without the fast path, and `Peer.kernels_called` counts the launches of one decode.
+state dict of diffusers' `AutoencoderKLQwenImage` into SGLang's class the way SGLang's loader does; `sglang_import.py`
+says what of SGLang is replaced. Whether its kernels really ran is not left to belief: `build` refuses a CUDA device
+without the fast path, and `Peer.kernels_called` counts the launches of one decode.
 
     python -m benchmarks.sglang_peer FOLDER                  # equality with diffusers, small model, any machine
     python -m benchmarks.sglang_peer FOLDER --full           # full size, bfloat16: also which kernels ran
@@ -14,68 +13,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.metadata
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["qwen", "wan"]
+from benchmarks.sglang_import import GEN, MODULES, REPLACED, WITHOUT_INIT, Kind, Parts, PeerUnavailable, import_vae
+from paravae.launch.machine import version_of
+
 Precision = Literal["plain", "pipeline"]
-
-_GEN = "sglang.multimodal_gen"
-_VAES = f"{_GEN}.runtime.models.vaes"
-
-# Packages whose __init__ imports the server; where their names are asked for, they come from the module beside.
-_WITHOUT_INIT: dict[str, str | None] = {
-    "sglang": None,
-    "sglang.srt.utils": "sglang.srt.utils.common",
-    "sglang.kernels": None,
-    "sglang.kernels.ops": None,
-    _GEN: None,
-    f"{_GEN}.configs.models": f"{_GEN}.configs.models.vaes.base",
-    f"{_GEN}.runtime.cache": None,
-}
-
-
-def _unchanged(vae: nn.Module) -> nn.Module:
-    return vae
-
-
-# Modules of SGLang replaced whole: a type used in annotations, and the installers of other VAEs' fast paths, which
-# return a Wan or Qwen-Image VAE as it is but import what their own models need.
-_REPLACED: dict[str, dict[str, object]] = {
-    f"{_GEN}.runtime.server_args": {"ServerArgs": object},
-    f"{_VAES}.flux2_vae_cuda_opt": {
-        "maybe_optimize_autoencoder_kl": _unchanged,
-        "maybe_optimize_flux2_vae": _unchanged,
-    },
-    f"{_VAES}.minimax_h3_vae_cuda_opt": {"maybe_optimize_minimax_h3_vae": _unchanged},
-    f"{_VAES}.qwen_image21_vae_cuda_opt": {"maybe_optimize_qwen_image21_vae": _unchanged},
-}
-
-# The server's transport and serialisation, imported at the head of utility modules; stood in for only where absent.
-_SERVER_ONLY = frozenset({"orjson", "pybase64", "pydantic_core", "starlette", "zmq"})
-
-
-class _Names(NamedTuple):
-    model: str
-    config: str
-    stem: str
-
-
-_MODULES: dict[Kind, _Names] = {
-    "qwen": _Names("autoencoder_kl_qwenimage", "qwenimage", "QwenImage"),
-    "wan": _Names("wanvae", "wanvae", "Wan"),
-}
 
 _KERNELS = (
     "cat_pad_channels_last_3d",
@@ -86,137 +37,6 @@ _KERNELS = (
 )
 
 
-class PeerUnavailable(RuntimeError):  # noqa: N818
-    """SGLang's VAE cannot be set up here; the message says why."""
-
-
-class _StandIn(types.ModuleType):
-    """A module nothing on the VAE's path calls: its attributes exist, and cannot be used."""
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def refuse(*_: object, **__: object) -> None:
-            raise PeerUnavailable(f"{self.__name__}.{name} was called, and is only stood in for")
-
-        made = type(name, (), {"__init__": refuse})
-        setattr(self, name, made)
-        return made
-
-
-class _SGLangFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives SGLang's packages without their `__init__`, and the modules of `_REPLACED`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname in _WITHOUT_INIT:
-            spec = importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-            spec.submodule_search_locations = [str(self.folder.joinpath(*fullname.split(".")))]
-            return spec
-        return importlib.machinery.ModuleSpec(fullname, self) if fullname in _REPLACED else None
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        name = module.__name__
-        if name in _REPLACED:
-            vars(module).update(_REPLACED[name])
-            return
-        source = _WITHOUT_INIT[name]
-
-        def lookup(attribute: str) -> object:
-            if source is None or attribute.startswith("__"):
-                raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
-            return getattr(importlib.import_module(source), attribute)
-
-        vars(module)["__getattr__"] = lookup
-
-
-class _AbsentFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Asked last of all: stands in for the server's packages that this machine lacks."""
-
-    def __init__(self) -> None:
-        self.made: list[str] = []
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.partition(".")[0] not in _SERVER_ONLY:
-            return None
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        self.made.append(spec.name)
-        return _StandIn(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def _stand_ins() -> Iterator[list[str]]:
-    """Stand-ins while SGLang is imported, and gone after: other libraries must not take them for the packages."""
-    finder = _AbsentFinder()
-    sys.meta_path.append(finder)
-    try:
-        yield finder.made
-    finally:
-        sys.meta_path.remove(finder)
-        for name in finder.made:
-            sys.modules.pop(name, None)
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What `build` needs of SGLang, imported."""
-
-    model: types.ModuleType
-    config: types.ModuleType
-    fast_path: types.ModuleType
-    optimiser: types.ModuleType
-    platform: Any
-    version: str
-    stood_in: tuple[str, ...]
-
-
-_imported: dict[tuple[Path, Kind], _Parts] = {}
-_stood_in: list[str] = []
-
-
-def _import(folder: Path, kind: Kind) -> _Parts:
-    if (folder, kind) in _imported:
-        return _imported[folder, kind]
-    if not (folder / "sglang").is_dir():
-        raise PeerUnavailable(f"no sglang/ in {folder}: run benchmarks/fetch_sglang.sh {folder}")
-    if not any(isinstance(finder, _SGLangFinder) for finder in sys.meta_path):
-        if "sglang" in sys.modules:
-            raise PeerUnavailable("another sglang is imported already")
-        sys.meta_path.insert(0, _SGLangFinder(folder))
-        sys.path.append(str(folder))
-    try:
-        import diffusers.models.autoencoders  # noqa: F401  before the stand-ins, so that it sees none of them
-
-        with _stand_ins() as made:
-            platform = importlib.import_module(f"{_GEN}.runtime.platforms").current_platform
-            model = importlib.import_module(f"{_VAES}.{_MODULES[kind].model}")
-            config = importlib.import_module(f"{_GEN}.configs.models.vaes.{_MODULES[kind].config}")
-            fast_path = importlib.import_module(f"{_VAES}.fast_path_gate")
-            optimiser = importlib.import_module(f"{_VAES}.wan_vae_cuda_opt")
-            importlib.import_module(f"{_GEN}.runtime.loader.utils")
-        _stood_in.extend(made)
-    except PeerUnavailable:
-        raise
-    except Exception as error:  # whatever its modules raise when imported: the benchmark goes on without the peer
-        raise PeerUnavailable(f"SGLang's VAE could not be imported: {type(error).__name__}: {error}") from error
-    version = importlib.metadata.version("sglang")
-    parts = _Parts(model, config, fast_path, optimiser, platform, version, tuple(_stood_in))
-    _imported[folder, kind] = parts
-    return parts
-
-
 @dataclass
 class Peer:
     """SGLang's VAE on one device. Results have the dtype its class returns: Wan's decode gives float32."""
@@ -225,7 +45,7 @@ class Peer:
     what_ran: str
     weights_dtype: torch.dtype
     autocast: torch.dtype | None
-    _parts: _Parts = field(repr=False)
+    _parts: Parts = field(repr=False)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -289,7 +109,7 @@ def build(
     while `plain` holds the weights in `dtype`, so that both peers compute in the same precision.
     """
     device = torch.device(device)
-    parts = _import(Path(folder).resolve(), kind)
+    parts = import_vae(Path(folder).resolve(), kind)
     on_cuda = device.type == "cuda"
     if on_cuda and not parts.platform.is_cuda():
         raise PeerUnavailable(f"SGLang sees no CUDA here: its platform is {type(parts.platform).__name__}")
@@ -324,21 +144,22 @@ def build(
         if on_cuda
         else "none of its CUDA optimisations"
     )
+    triton, diffusers = (version_of(package) or "none" for package in ("triton", "diffusers"))
     what_ran = (
         f"SGLang {parts.version}'s {type(vae).__name__} ({precise}, {optimised}; torch {torch.__version__}, "
-        f"triton {_version('triton')}, diffusers {_version('diffusers')}); not torch.compiled, as by default; "
-        f"stood in for: the __init__ of {', '.join(_WITHOUT_INIT)}; {', '.join(_REPLACED)}; "
+        f"triton {triton}, diffusers {diffusers}); not torch.compiled, as by default; "
+        f"stood in for: the __init__ of {', '.join(WITHOUT_INIT)}; {', '.join(REPLACED)}; "
         f"absent packages {', '.join(parts.stood_in) or 'none'}"
     )
     return Peer(vae, what_ran, held, autocast, parts)
 
 
 def _loaded(
-    parts: _Parts, kind: Kind, state_dict: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, base_dim: int
+    parts: Parts, kind: Kind, state_dict: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, base_dim: int
 ) -> nn.Module:
     """Built on the CPU in its dtype, moved, loaded and frozen, in the order of SGLang's loader."""
-    utils = sys.modules[f"{_GEN}.runtime.loader.utils"]
-    stem = _MODULES[kind].stem
+    utils = sys.modules[f"{GEN}.runtime.loader.utils"]
+    stem = MODULES[kind].stem
     config = getattr(parts.config, f"{stem}VAEConfig")()
     config.update_model_arch({"base_dim": base_dim, "latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16})
     config.post_init()
@@ -349,16 +170,9 @@ def _loaded(
     return utils.finalize_loaded_model(vae)
 
 
-def _fused(parts: _Parts, vae: nn.Module) -> tuple[int, int]:
+def _fused(parts: Parts, vae: nn.Module) -> tuple[int, int]:
     found = [type(module) for module in vae.modules()]
     return found.count(parts.optimiser.FusedWanRMSNormSiLU), found.count(parts.optimiser.GatedChannelsLastUpsample)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def check(folder: Path, kind: Kind, precision: Precision, device: torch.device, full: bool) -> None:

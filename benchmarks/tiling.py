@@ -20,8 +20,8 @@ from PIL import Image
 from skimage import data as skimage_data
 from sklearn.datasets import load_sample_image
 
-from benchmarks.machine import describe
 from paravae import AutoencoderKLQwenImage
+from paravae.launch.machine import describe
 from paravae.launch.models import TINY
 from paravae.vae.pixels import from_uint8, psnr_db
 from paravae.vae.plan import plan_tiles

@@ -95,11 +95,11 @@ def test_narrow_dtypes_are_as_good_as_diffusers(
         assert fallbacks() == said, "every kernel runs at the published size"
 
 
-def full_size(**options: object) -> AutoencoderKLQwenImage:
+def full_size(dtype: torch.dtype = torch.bfloat16, **options: object) -> AutoencoderKLQwenImage:
     torch.manual_seed(0)
     with torch.device("cuda"):
         vae = AutoencoderKLQwenImage(QwenImageVAEConfig(**options))  # type: ignore[arg-type]
-    return vae.bfloat16()
+    return vae.to(dtype)
 
 
 def test_graphs_replay_what_they_are_given() -> None:
@@ -275,10 +275,7 @@ def test_gpu_and_cpu_agree() -> None:
 @pytest.mark.parametrize("what", ["decode", "encode"])
 def test_peak_memory_is_within_the_estimate(what: str, frames: int, dtype: torch.dtype) -> None:
     """The full-size model on 512 x 512 pixels: what the estimate says is enough, and not wildly too much."""
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        vae = AutoencoderKLQwenImage()
-    vae.to(dtype)
+    vae = full_size(dtype)
     engine = vae.engine
     value = noise(1, 16, frames, 64, 64, dtype=dtype, device="cuda")
     stages, sides = engine.decoder_stages, (64, 64)

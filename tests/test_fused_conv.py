@@ -13,16 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paravae.layers.fused_conv import CHANNELS, column, fused_conv, pack_weight
-from tests.builders import max_error, rms_error
+from tests.builders import max_error, noise, rms_error
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 MODES = {"norm": (False, True), "residual-norm": (True, True), "residual": (True, False), "bias": (False, False)}
 SHAPES = [(1, 1, 1), (1, 8, 8), (1, 16, 8), (2, 17, 9), (1, 129, 70), (3, 5, 33)]
 modes = pytest.mark.parametrize("mode", MODES)
-
-
-def draw(seed: int, *shape: int, device: str = "cpu") -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def truth_of(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, residual: Tensor | None) -> list[Tensor]:
@@ -38,9 +34,9 @@ def truth_of(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, resi
 def arguments(shape: tuple[int, ...], mode: str, dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor | None]:
     """x, weight, bias, gamma, residual."""
     with_residual, norm = MODES[mode]
-    x, residual = (draw(seed + i, *shape, CHANNELS, device=device).to(dtype) for i in range(2))
-    weight = (draw(seed + 2, CHANNELS, CHANNELS, 3, 3, device=device) / 29.4).to(dtype)
-    bias, gamma = (draw(seed + 3 + i, CHANNELS, device=device) for i in range(2))
+    x, residual = (noise(*shape, CHANNELS, dtype=dtype, device=device, seed=seed + i) for i in range(2))
+    weight = (noise(CHANNELS, CHANNELS, 3, 3, device=device, seed=seed + 2) / 29.4).to(dtype)
+    bias, gamma = (noise(CHANNELS, device=device, seed=seed + 3 + i) for i in range(2))
     return [x, weight, bias, gamma if norm else None, residual if with_residual else None]
 
 
@@ -69,7 +65,7 @@ def test_addresses_of_the_kernel(tile_y: int, tile_x: int) -> None:
     """conv96.cu's shared memory in numpy: where pixels and weights lie, what its matrix instructions read of them,
     and which pixel and channel each thread's registers are."""
     height, width = 29, 13  # a tile of 16 x 8 reaches over both edges
-    x, weight = draw(0, height, width, CHANNELS), draw(1, CHANNELS, CHANNELS, 3, 3)
+    x, weight = noise(height, width, CHANNELS), noise(CHANNELS, CHANNELS, 3, 3, seed=1)
     truth = F.conv2d(x.movedim(-1, 0)[None].double(), weight.double(), padding=1)[0].movedim(0, -1).numpy()
     chunk, halo_width = 186 * 16, 10
     slice_ = 4 * chunk

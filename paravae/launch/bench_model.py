@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,10 +34,7 @@ class Model:
 
 def plain(config: VAEConfig) -> VAEConfig:
     """``config`` run by plain PyTorch, on one rank, with whatever memory it takes."""
-    changes: dict[str, object] = {"use_parallel_decode": False, "use_tiling": False, "memory_limit_gib": None}
-    if "engine" in {field.name for field in fields(config)}:
-        changes["engine"] = "torch"
-    return replace(config, **changes)  # type: ignore[arg-type]
+    return replace(config, use_parallel_decode=False, use_tiling=False, memory_limit_gib=None, engine="torch")
 
 
 def load(directory_or_repo: str | None, subfolder: str | None, config: VAEConfig) -> Model:

@@ -40,8 +40,7 @@ PeerBuilder = Callable[[VAEArchConfig, Mapping[str, Tensor], torch.dtype, torch.
 
 def ours(vae: AutoencoderKLQwenImage) -> Peer:
     """paravae itself, by its public interface."""
-    engine = getattr(vae.config, "engine", None)
-    how = type(vae.engine).__name__ + (f", engine={engine!r}" if engine else "")
+    how = f"{type(vae.engine).__name__}, engine={vae.config.engine!r}"
     return Peer(
         name="paravae",
         what_ran=f"paravae {paravae.__version__}, {how}",

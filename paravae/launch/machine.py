@@ -23,15 +23,16 @@ def describe(ranks: int) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "triton": _version("triton"),
-        "diffusers": _version("diffusers"),
+        "triton": version_of("triton"),
+        "diffusers": version_of("diffusers"),
         "paravae": paravae.__version__,
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package, None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

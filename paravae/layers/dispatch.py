@@ -72,7 +72,7 @@ class FusedOp(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         decisive = args[0]
         assert isinstance(decisive, Tensor)
-        reason = self._reason(decisive, *args, **kwargs)
+        reason = self._reason(*args, **kwargs)
         if reason is None:
             try:
                 return self.kernel(*args, **kwargs)
@@ -84,8 +84,10 @@ class FusedOp(Generic[P, R]):
             self._say(reason)
         return self.reference(*args, **kwargs)
 
-    def _reason(self, decisive: Tensor, *args: P.args, **kwargs: P.kwargs) -> str | None:
+    def _reason(self, *args: P.args, **kwargs: P.kwargs) -> str | None:
         """Why the reference is taken, or None."""
+        decisive = args[0]
+        assert isinstance(decisive, Tensor)
         if _references_only.get():
             return "references were asked for"
         if triton is None:

@@ -79,10 +79,14 @@ class FiniteCheck:
             self._there = torch.cuda.Event()
             self._there.record(torch.cuda.current_stream(values.device))
         else:
-            self.raise_if_not()
+            self._look()
 
     def raise_if_not(self) -> None:
         """Raise ValueError if a value was NaN or Inf."""
+        if self._there is not None:
+            self._look()
+
+    def _look(self) -> None:
         if not self._largest().isfinite():
             nan, inf = int(self._values.isnan().sum()), int(self._values.isinf().sum())
             raise ValueError(

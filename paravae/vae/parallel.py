@@ -158,13 +158,9 @@ class ParallelTiledVAE(nn.Module):
                 shard = decode_window(*parts, latents, trace, patches.shard_size, as_uint8, on_progress)
             finite.raise_if_not()
         self._announce(choice)
-        if choice.mode == "single":
-            return shard
-        shards = ranks.all_gather(shard)
-        height, width = (side * self.config.arch_config.spatial_ratio for side in latents.shape[-2:])
-        if choice.mode == "patch":
-            return paste(shards, patches.outputs, height, width)
-        picture = self._blend_tiles(shards, tiles, shares, height, width)
+        if choice.mode != "tiled":
+            return self._together(shard, choice, patches, ranks, latents)
+        picture = self._blend_tiles(ranks.all_gather(shard), tiles, shares, *self._picture_size(latents))
         return to_uint8(picture) if as_uint8 else picture.to(latents.dtype)
 
     @torch.no_grad()
@@ -189,19 +185,28 @@ class ParallelTiledVAE(nn.Module):
         pieces = window_pieces(
             self.engine, self.config.arch_config, latents, trace, patches.shard_size, output_type == "uint8"
         )
-        height, width = (side * self.config.arch_config.spatial_ratio for side in latents.shape[-2:])
         for step in range(1, latents.shape[2] + 1):
             with ranks.agreement(f"latent frame {step} of {asked}"):
                 shard = next(pieces)
                 if step == 1:
                     finite.raise_if_not()
-            frames = (
-                shard if choice.mode == "single" else paste(ranks.all_gather(shard), patches.outputs, height, width)
-            )
+            frames = self._together(shard, choice, patches, ranks, latents)
             with ranks.agreement(f"frames of latent frame {step} taken"):
                 on_frames(frames)
                 if on_progress:
                     on_progress(step, latents.shape[2])
+
+    def _together(
+        self, shard: Tensor, choice: DecodeChoice, patches: PatchPlan, ranks: RankGroup, latents: Tensor
+    ) -> Tensor:
+        """The picture of an exact decode, from every rank's shard of it."""
+        if choice.mode == "single":
+            return shard
+        return paste(ranks.all_gather(shard), patches.outputs, *self._picture_size(latents))
+
+    def _picture_size(self, latents: Tensor) -> tuple[int, int]:
+        ratio = self.config.arch_config.spatial_ratio
+        return ratio * latents.shape[-2], ratio * latents.shape[-1]
 
     def _hand_out(self, pixels: Tensor, ranks: RankGroup, on_frames: OnFrames) -> None:
         """Finished pixels, in the pieces that a stream would have given."""

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from paravae.vae.engines.graphs import GraphCache
-from paravae.vae.engines.torch_engine import TorchEngine, cut
+from paravae.vae.engines.torch_engine import TorchEngine, cut, whole_of
 from paravae.vae.models.blocks import CausalConv3d, FrameCache
 from paravae.vae.models.decoder import Decoder
 from paravae.vae.models.encoder import Encoder
 from paravae.vae.models.flow import Flow, crop_flow
 from paravae.vae.models.folded import FoldedDecoder, FoldedEncoder
 from paravae.vae.models.stage import run_local
-from paravae.vae.plan import Span, Stages, Window, peak_elements
+from paravae.vae.plan import Stages, Window, peak_elements
 
 Folded = TypeVar("Folded")
 
@@ -61,7 +61,7 @@ class FastEngine(TorchEngine):
         trace = tuple(trace)
 
         def pixels_of(frame: Tensor, cache: FrameCache | None) -> Tensor:
-            flow = crop_flow(decoder.head(frame, cache), _whole(frame), trace[0])
+            flow = crop_flow(decoder.head(frame, cache), whole_of(frame), trace[0])
             return run_local(decoder.tail(as_uint8=as_uint8), flow, trace, cache, crop_flow).contiguous()
 
         working = partial(_working, self.decoder_stages, trace, latents)
@@ -162,7 +162,3 @@ def _working(stages: Stages, trace: Sequence[Window], value: Tensor) -> tuple[in
     """Bytes of the largest tensors of a lone frame: the stream, what a convolution reads, what it writes."""
     largest = value.shape[0] * peak_elements(stages, trace) * value.element_size()
     return largest, largest, largest
-
-
-def _whole(x: Tensor) -> Window:
-    return Window(Span(0, x.shape[-2]), Span(0, x.shape[-1]))

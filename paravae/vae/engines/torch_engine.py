@@ -81,4 +81,9 @@ class TorchEngine:
 
 def cut(x: Tensor, window: Window) -> Tensor:
     """``window`` of [..., H, W]."""
-    return crop(x, Window(Span(0, x.shape[-2]), Span(0, x.shape[-1])), window)
+    return crop(x, whole_of(x), window)
+
+
+def whole_of(x: Tensor) -> Window:
+    """The window that [..., H, W] is."""
+    return Window(Span(0, x.shape[-2]), Span(0, x.shape[-1]))

@@ -156,10 +156,9 @@ class FoldedConv:
 
     def __call__(self, whole: Tensor, cache: FrameCache | None = None) -> Tensor:
         """Convolve what ``room`` made room for: [B, history + F, H, W, C] -> [B, F, H, W, C']."""
-        if cache is None or not self.history:
-            return each_frame(lambda x: F.conv2d(x, self._lone, padding=self._padding[1:]), whole)
-        if self not in cache:
-            self.begin(whole, cache)
+        if cache is None or not self.history or self not in cache:
+            if cache is not None and self.history:
+                self.begin(whole, cache)
             return each_frame(lambda x: F.conv2d(x, self._lone, padding=self._padding[1:]), whole)
         cache[self].copy_(whole[:, -self.history :])
         if self._causal is None:
@@ -168,10 +167,10 @@ class FoldedConv:
         return convolved.permute(0, 2, 3, 4, 1).contiguous()
 
 
-def wide(vector: Tensor | None) -> Tensor:
-    """A bias in at least fp32."""
-    assert vector is not None
-    return vector.to(torch.promote_types(vector.dtype, torch.float32))
+def wide(parameter: Tensor | None) -> Tensor:
+    """A parameter, which is there, in at least fp32."""
+    assert parameter is not None
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def each_frame(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

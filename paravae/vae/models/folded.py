@@ -94,14 +94,12 @@ class FoldedAttention:
     def __init__(self, attention: Attention) -> None:
         weight, bias = attention.to_qkv.weight.flatten(1), attention.to_qkv.bias
         assert bias is not None
-        assert attention.proj.bias is not None
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        projection = attention.proj.weight.flatten(1).to(wide)
+        projection = wide(attention.proj.weight).flatten(1)
         query_key, value = weight.tensor_split((2 * weight.shape[1],))
         query_key_bias, value_bias = bias.tensor_split((2 * weight.shape[1],))
-        self._weight = torch.cat([query_key, (projection @ value.to(wide)).to(weight.dtype)])
+        self._weight = torch.cat([query_key, (projection @ wide(value)).to(weight.dtype)])
         self._qkv_bias = torch.cat([query_key_bias, torch.zeros_like(value_bias)])
-        self._bias = projection @ value_bias.to(wide) + attention.proj.bias.to(wide)
+        self._bias = projection @ wide(value_bias) + wide(attention.proj.bias)
         self._gamma = _gamma(attention.norm)
 
     def __call__(self, flow: Flow) -> Flow:
@@ -120,11 +118,8 @@ class FoldedMid:
         assert isinstance(first, ResidualBlock)
         assert isinstance(last, ResidualBlock)
         assert isinstance(attention, Attention)
-        self._first, self._attention, self._last = (
-            FoldedResidual(first),
-            FoldedAttention(attention),
-            FoldedResidual(last),
-        )
+        self._first, self._last = FoldedResidual(first), FoldedResidual(last)
+        self._attention = FoldedAttention(attention)
 
     def __call__(self, flow: Flow, cache: FrameCache | None = None) -> Flow:
         return self._last(self._attention(self._first(flow, cache)), cache)
@@ -223,9 +218,11 @@ class FoldedDecoder:
 
     def _to_pixels(self, flow: Flow, cache: FrameCache | None, *, as_uint8: bool) -> Tensor:
         if cache is None:
-            flow = Flow(flow.total()) if isinstance(flow.branch, Deferred) else flow
-            x = flow.x if not isinstance(flow.branch, Tensor) else flow.branch
-            residual = None if flow.branch is None else flow.x
+            branch = flow.branch
+            if isinstance(branch, Deferred):
+                flow.total()
+                branch = None
+            x, residual = (flow.x, None) if branch is None else (branch, flow.x)
             bias = flow.x.new_zeros(self._gamma.shape, dtype=self._gamma.dtype) if flow.bias is None else flow.bias
             return to_pixels(x, residual, bias, self._gamma, self._columns, self._conv_out.bias, as_uint8=as_uint8)
         whole, new = self._conv_out.room(flow.x, cache)
