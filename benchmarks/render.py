@@ -193,7 +193,8 @@ def single_gpu_compile() -> str | None:
         for what in ("decode", "encode")
         for case, found in by_case(report, what).items()
     ]
-    return table(["", *(f"{NAMES[name]}, ms" for name in report["contestants"])], rows)
+    head = ["", *(f"{NAMES[name]}, ms" for name in report["contestants"])]
+    return f"{report['args']['dtype']}, {machine_line(report)}.\n\n" + table(head, rows)
 
 
 def parts() -> str | None:
