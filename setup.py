@@ -31,7 +31,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["paravae", "paravae.*"]),
-    package_data={"paravae": ["py.typed", "assets/paravae-tiny/*", "layers/*.cu"]},
+    package_data={"paravae": ["py.typed", "assets/paravae-tiny/*", "layers/*.cu", "layers/*.cuh"]},
     install_requires=[
         "torch>=2.6",
         "safetensors>=0.4.3",

@@ -1,5 +1,5 @@
 // 3x3 same-padded convolution of 96 to 96 channels on Hopper (sm_90a), with bias, residual, RMS norm and SiLU as its
-// epilogue. Compiled by fused_conv.py, which prepends: HALF (0: bfloat16, 1: float16), RESIDUAL, NORM (0 or 1).
+// epilogue. fused_conv.py defines RESIDUAL and NORM (0 or 1).
 //
 // One persistent block per multiprocessor keeps all nine taps' weights in shared memory and walks over tiles of 16 x 8
 // output pixels. Warpgroup 0 loads each tile with its border (18 x 10 pixels) in three slices of 32 channels through
@@ -12,9 +12,6 @@
 // A warpgroup has two accumulators, of the tile's even and of its odd rows: 64 pixels x 96 channels each.
 // The weights' columns are ordered so that a thread ends up with 8 neighbouring channels three times (see column()
 // in fused_conv.py): residual and results pass between registers and memory 16 bytes at a time, through nothing else.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
 
 constexpr int C = 96;
 constexpr int TILE_H = 16, TILE_W = 8, HALO_W = TILE_W + 2, HALO = (TILE_H + 2) * HALO_W;
@@ -34,39 +31,6 @@ constexpr u32 AT_WEIGHTS = AT_EMPTY + RING * 8;
 constexpr u32 SHARED = AT_WEIGHTS + SLICES * 8;
 static_assert(SHARED == SHARED_BYTES, "fused_conv.py asks for another size");
 
-#if HALF
-#define TYPE "f16"
-#else
-#define TYPE "bf16"
-#endif
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-__device__ __forceinline__ void arrive(u32 bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ bool passed(u32 bar, u32 parity) {
-    u32 yes;
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(yes)
-        : "r"(bar), "r"(parity)
-        : "memory");
-    return yes;
-}
-__device__ __forceinline__ void wait(u32 bar, u32 parity) {
-    while (!passed(bar, parity)) {
-    }
-}
-
-// ---- wgmma
-
-// Descriptor of a K-major operand without swizzle; to move it, add bytes / 16.
-__device__ __forceinline__ u64 descriptor(u32 address, u32 between_chunks, u32 between_rows_of_8) {
-    return u64(address >> 4) | u64(between_chunks >> 4) << 16 | u64(between_rows_of_8 >> 4) << 32;
-}
-
 #define R8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
                  "+f"(d[i + 6]), "+f"(d[i + 7])
 #define R48(d) R8(d, 0), R8(d, 8), R8(d, 16), R8(d, 24), R8(d, 32), R8(d, 40)
@@ -83,45 +47,12 @@ __device__ __forceinline__ void mma(float (&d)[48], u64 a, u64 b, bool add) {
         : R48(d)
         : "l"(a), "l"(b), "r"(int(add)));
 }
-__device__ __forceinline__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT>
-__device__ __forceinline__ void mma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
 // Keeps the compiler from moving uses of the accumulator over this point.
 __device__ __forceinline__ void pin(float (&d)[48]) {
 #pragma unroll
     for (int i = 0; i < 48; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// ---- arithmetic on pairs
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 pair;
-    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-__device__ __forceinline__ void unpack(u32 pair, float& low, float& high) {
-#if HALF
-    asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
-        : "=f"(low), "=f"(high)
-        : "r"(pair));
-#else
-    low = __uint_as_float(pair << 16);
-    high = __uint_as_float(pair & 0xffff0000u);
-#endif
-}
-__device__ __forceinline__ float power(float exponent) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(exponent));
-    return y;
-}
-__device__ __forceinline__ float inverse(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ __forceinline__ u32 silu(float y, float z) {
     return pack(y * inverse(1.0f + power(y * -1.4426950408889634f)),
                 z * inverse(1.0f + power(z * -1.4426950408889634f)));

@@ -1,4 +1,4 @@
-"""Which way a fused op goes: its Triton kernel or its plain PyTorch reference. Decided here, with a reason.
+"""Which way a fused op goes: its kernel or its plain PyTorch reference. Decided here, with a reason.
 
 A kernel that cannot run (no Triton, another device, an odd dtype or shape) or that fails to compile gives way to
 its reference, which computes the same to rounding. Each reason is logged once and can be asked for (``fallbacks``).
@@ -59,13 +59,20 @@ def fallbacks() -> dict[str, set[str]]:
 class FusedOp(Generic[P, R]):
     """An op with two implementations of one signature, whose first argument is the tensor that decides.
 
-    ``unfit``: names what the kernel cannot do about these arguments, or None.
+    ``unfit``: names what the kernel cannot do about these arguments, or None. ``triton``: whether it is Triton's.
     """
 
     def __init__(
-        self, name: str, reference: Callable[P, R], kernel: Callable[P, R], unfit: Callable[P, str | None]
+        self,
+        name: str,
+        reference: Callable[P, R],
+        kernel: Callable[P, R],
+        unfit: Callable[P, str | None],
+        *,
+        triton: bool = True,
     ) -> None:
         self.name, self.reference, self.kernel, self._unfit = name, reference, kernel, unfit
+        self._is_triton = triton
         self.__doc__ = reference.__doc__
         self._broken: str | None = None
 
@@ -90,13 +97,8 @@ class FusedOp(Generic[P, R]):
         assert isinstance(decisive, Tensor)
         if _references_only.get():
             return "references were asked for"
-        if triton is None:
-            return "Triton is not installed"
-        if not (decisive.is_cuda or _interpreting()):
-            return f"Triton does not run on {decisive.device.type}"
-        if decisive.dtype not in _KERNEL_DTYPES:
-            return f"the kernel does not take {decisive.dtype}"
-        return self._broken or self._unfit(*args, **kwargs)
+        reason = _unfit_for_triton(decisive) if self._is_triton else None
+        return reason or self._broken or self._unfit(*args, **kwargs)
 
     def _say(self, reason: str) -> None:
         if (self.name, reason) not in _said:
@@ -112,6 +114,16 @@ def split_channels(channels: int) -> tuple[int, int]:
     first = 1 << (channels.bit_length() - 1)
     rest = channels - first
     return first, 1 << (rest - 1).bit_length() if rest else 0
+
+
+def _unfit_for_triton(x: Tensor) -> str | None:
+    if triton is None:
+        return "Triton is not installed"
+    if not (x.is_cuda or _interpreting()):
+        return f"Triton does not run on {x.device.type}"
+    if x.dtype not in _KERNEL_DTYPES:
+        return f"the kernel does not take {x.dtype}"
+    return None
 
 
 def _interpreting() -> bool:

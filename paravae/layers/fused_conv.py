@@ -4,20 +4,16 @@ At full resolution the decoder's 96 channels are too few for a library's convolu
 what follows it passes over the activations two to four times more. Here the nine taps' weights stay in shared memory
 (conv96.cu says how), and the sums are normalised in the registers that they were computed in, unrounded.
 
-Activations are dense and channels last, [N, H, W, 96] or [B, F, H, W, 96]. The kernel is CUDA C++ compiled at run
-time by the NVRTC that PyTorch brings: before a CUDA graph is captured, each kind of call must have run once.
+Activations are dense and channels last, [N, H, W, 96] or [B, F, H, W, 96].
 """
 
 from __future__ import annotations
-
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paravae.layers import hopper
 from paravae.layers.dispatch import FusedOp
 from paravae.layers.norm_silu import norm_silu
 
@@ -80,14 +76,12 @@ def _unfit(
 ) -> str | None:
     if tuple(weight.shape) != (CHANNELS, CHANNELS, 3, 3) or x.shape[-1] != CHANNELS:
         return f"the kernel takes 3x3 weights of 96 channels, not {list(weight.shape)}"
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"the kernel takes float16 and bfloat16, not {x.dtype}"
-    if packed is None or packed.dtype != x.dtype or packed.device != x.device:
+    if packed is None:
         return "its weight is not packed"
-    if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device) != (9, 0):
-        return "the kernel is made for Hopper GPUs (compute capability 9.0)"
-    if not hasattr(torch.cuda, "_compile_kernel"):
-        return "this PyTorch cannot compile CUDA kernels (2.9 can)"
+    if reason := hopper.unfit(x):
+        return reason
+    if packed.dtype != x.dtype or packed.device != x.device:
+        return f"its weight is packed as {packed.dtype} on {packed.device}"
     for name, tensor in (("x", x), ("residual", residual), ("bias", bias), ("gamma", gamma)):
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} is not dense"
@@ -107,29 +101,6 @@ def _tiles(x: Tensor) -> int:
     return x.numel() // (height * width * CHANNELS) * -(-height // _TILE[0]) * -(-width // _TILE[1])
 
 
-@cache
-def _kernel(dtype: torch.dtype, residual: bool, norm: bool, device: int) -> tuple[Any, int]:
-    """The kernel for this kind of call, loaded on the current device, and how many multiprocessors that has."""
-    from torch.utils import cpp_extension
-
-    defines = {
-        "HALF": dtype == torch.float16,
-        "RESIDUAL": residual,
-        "NORM": norm,
-        "SHARED_BYTES": _SHARED_BYTES,
-    }
-    source = "".join(f"#define {name} {int(value)}\n" for name, value in defines.items())
-    source += Path(__file__).with_name("conv96.cu").read_text(encoding="utf-8")
-    home = cpp_extension.CUDA_HOME
-    cpp_extension.CUDA_HOME = home or "/usr/local/cuda"  # PyTorch asks for the toolkit's headers: none is needed
-    try:
-        kernel = torch.cuda._compile_kernel(source, "conv96", compute_capability="90a")
-    finally:
-        cpp_extension.CUDA_HOME = home
-    kernel.set_shared_memory_config(_SHARED_BYTES)
-    return kernel, torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _launch(
     x: Tensor,
     weight: Tensor,
@@ -139,12 +110,17 @@ def _launch(
     residual: Tensor | None = None,
 ) -> Tensor:
     assert packed is not None  # or it is unfit
+    defines = (
+        ("HALF", int(x.dtype == torch.float16)),
+        ("RESIDUAL", int(residual is not None)),
+        ("NORM", int(gamma is not None)),
+    )
+    kernel = hopper.compiled("conv96", defines, _SHARED_BYTES, x.device)
+    out = residual if residual is not None and gamma is None else torch.empty_like(x)
+    height, width = x.shape[-3:-1]
     with torch.cuda.device(x.device):
-        kernel, multiprocessors = _kernel(x.dtype, residual is not None, gamma is not None, x.device.index)
-        out = residual if residual is not None and gamma is None else torch.empty_like(x)
-        height, width = x.shape[-3:-1]
         kernel(
-            grid=(min(_tiles(x), multiprocessors), 1, 1),
+            grid=(min(_tiles(x), hopper.multiprocessors(x.device)), 1, 1),
             block=(_THREADS, 1, 1),
             args=[
                 x,
@@ -162,4 +138,4 @@ def _launch(
     return out
 
 
-fused_conv = FusedOp("fused_conv", _reference, _launch, _unfit)
+fused_conv = FusedOp("fused_conv", _reference, _launch, _unfit, triton=False)
