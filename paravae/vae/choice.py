@@ -5,8 +5,9 @@ Everything here follows from numbers that all ranks share, so all come to the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -17,6 +18,9 @@ from paravae.vae.plan import PatchPlan, Stages, TilePlan, Window
 
 # Above this share of the work the busiest rank gains too little for a gather: every rank decodes alone.
 _WORTHWHILE_SHARE = 0.9
+_PLANS_KEPT = 64
+
+Plan = TypeVar("Plan")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,14 @@ class DecodeChoice:
         if self.mode == "single":
             return f"single on {ranks}" if self.ranks == 1 else f"single on each of {ranks}"
         return f"{self.mode}, {self.grid[0]} x {self.grid[1]} windows on {ranks}"
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """A choice, and the exact windows or the tiles that it comes to."""
+
+    choice: DecodeChoice
+    layout: PatchPlan | TilePlan
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class DecodePlanner:
         stride = (config.tile_sample_stride_height // ratio, config.tile_sample_stride_width // ratio)
         return plan.plan_tiles(self.lat_size, tile_min, stride)
 
-    def choose(self, mode: str | None, ranks: int, budget_bytes: int) -> DecodeChoice:
+    def plan(self, mode: str | None, ranks: int, budget_bytes: int) -> DecodePlan:
         """``mode``: what a method's name asks for, None to do as configured.
 
         Raises:
@@ -74,16 +86,17 @@ class DecodePlanner:
             mode = self.config.exact_mode if self.config.use_parallel_decode else alone
         if mode == "auto":
             mode, reason = self._auto(ranks, budget_bytes)
+        layout: PatchPlan | TilePlan
         if mode == "tiled":
-            tiles = self.tiles()
-            rows = len({tile.rows for tile in tiles.tiles})
-            grid = (rows, len(tiles.tiles) // rows)
-            traces: Sequence[Sequence[Window]] = [plan.whole(self.stages, *tiles.tile)]
+            layout = self.tiles()
+            rows = len({tile.rows for tile in layout.tiles})
+            grid = (rows, len(layout.tiles) // rows)
+            traces: Sequence[Sequence[Window]] = [plan.whole(self.stages, *layout.tile)]
         else:
-            patches = self.patches(ranks if mode == "patch" else 1)
-            grid, traces = patches.grid, patches.traces
+            layout = self.patches(ranks if mode == "patch" else 1)
+            grid, traces = layout.grid, layout.traces
         refuse_over_budget(f"{mode} decode", self.shape, self.dtype, self._needed_bytes(traces), budget_bytes)
-        return DecodeChoice(mode, ranks, grid, reason)
+        return DecodePlan(DecodeChoice(mode, ranks, grid, reason), layout)
 
     def _auto(self, ranks: int, budget_bytes: int) -> tuple[str, str]:
         """The mode and its reason: exact if that fits in memory, shared if sharing saves a tenth of the work."""
@@ -139,6 +152,25 @@ class EncodePlanner:
         needed = needed_bytes(self.stages, patches.traces, at_once, self.dtype, batch, values)
         refuse_over_budget("encode", self.shape, self.dtype, needed, budget_bytes)
         return patches
+
+
+class KeptPlans(Generic[Plan]):
+    """The latest plans for one config: planning takes longer than launching what was planned."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, Plan] = {}
+        self._config: VAEConfig | None = None
+
+    def get(self, config: VAEConfig, key: Hashable, make: Callable[[], Plan]) -> Plan:
+        """What ``make`` gave for this config (the very object) and ``key``."""
+        if config is not self._config:
+            self._plans.clear()
+            self._config = config
+        if key not in self._plans:
+            if len(self._plans) >= _PLANS_KEPT:
+                del self._plans[next(iter(self._plans))]
+            self._plans[key] = make()
+        return self._plans[key]
 
 
 def refuse_over_budget(what: str, shape: Sequence[int], dtype: torch.dtype, needed: int, budget: int) -> None:

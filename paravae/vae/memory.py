@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 
@@ -36,6 +37,7 @@ def needed_bytes(
     return work + result_values * (2 * dtype.itemsize + 4)
 
 
+@lru_cache(maxsize=16)
 def device_bytes(device: torch.device) -> int:
     """All the memory that ``device`` has; for a CPU, the machine's."""
     if device.type == "cuda":

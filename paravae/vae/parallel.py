@@ -7,7 +7,7 @@ published models. Every rank of the parallel group calls with the same tensors a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import torch
@@ -17,7 +17,7 @@ from paravae.configs import VAEConfig
 from paravae.vae import plan
 from paravae.vae.blend import cross_fade, paste
 from paravae.vae.checks import FiniteCheck, check_half, check_latents, check_output_type, check_pixels
-from paravae.vae.choice import DecodeChoice, DecodePlanner, EncodePlanner
+from paravae.vae.choice import DecodeChoice, DecodePlan, DecodePlanner, EncodePlanner, KeptPlans
 from paravae.vae.comm import RankGroup
 from paravae.vae.engines.base import Engine
 from paravae.vae.memory import GIB, device_bytes
@@ -30,8 +30,6 @@ logger = logging.getLogger("paravae")
 
 OnFrames = Callable[[Tensor], object]
 """Takes the next frames of a decode, [B, 3, f, 8 h, 8 w]: one, then as many as a latent frame gives each time."""
-
-_PLANS_KEPT = 64
 
 
 class ParallelTiledVAE(nn.Module):
@@ -47,7 +45,8 @@ class ParallelTiledVAE(nn.Module):
         self._engine: Engine | None = None
         self._group: RankGroup | None = None
         self._budgets: dict[int, int] = {}  # this rank's own -> the least of the group
-        self._choices: dict[Hashable, tuple[DecodePlanner, DecodeChoice]] = {}  # planning takes longer than launching
+        self._decode_plans: KeptPlans[DecodePlan] = KeptPlans()
+        self._encode_plans: KeptPlans[PatchPlan] = KeptPlans()
         self._announced: set[DecodeChoice] = set()
 
     # ---------------------------------------------------------------------------------------------- set-up
@@ -55,7 +54,7 @@ class ParallelTiledVAE(nn.Module):
     def use_engine(self, engine: Engine) -> None:
         """Decode and encode with ``engine`` from now on."""
         self._engine = engine
-        self._choices.clear()
+        self._decode_plans, self._encode_plans = KeptPlans(), KeptPlans()
 
     @property
     def engine(self) -> Engine:
@@ -148,19 +147,19 @@ class ParallelTiledVAE(nn.Module):
         budget = self._memory_budget(ranks)
         as_uint8, parts = output_type == "uint8", (self.engine, self.config.arch_config)
         with ranks.agreement(asked):
-            planner, choice, finite = self._check_and_choose(latents, mode, ranks, output_type, budget)
-            if choice.mode == "tiled":
-                tiles = planner.tiles()
-                shares = plan.even_split(len(tiles.tiles), ranks.size)
-                shard = decode_tiles(*parts, latents, tiles, shares[ranks.rank], shares[0].size, on_progress)
+            decode_plan, finite = self._check_and_plan(latents, mode, ranks, output_type, budget)
+            layout = decode_plan.layout
+            if isinstance(layout, TilePlan):
+                shares = plan.even_split(len(layout.tiles), ranks.size)
+                shard = decode_tiles(*parts, latents, layout, shares[ranks.rank], shares[0].size, on_progress)
             else:
-                patches, trace = _share(planner, choice, ranks)
-                shard = decode_window(*parts, latents, trace, patches.shard_size, as_uint8, on_progress)
+                trace = _own_trace(layout, ranks)
+                shard = decode_window(*parts, latents, trace, layout.shard_size, as_uint8, on_progress)
             finite.raise_if_not()
-        self._announce(choice)
-        if choice.mode != "tiled":
-            return self._together(shard, choice, patches, ranks, latents)
-        picture = self._blend_tiles(ranks.all_gather(shard), tiles, shares, *self._picture_size(latents))
+        self._announce(decode_plan.choice)
+        if isinstance(layout, PatchPlan):
+            return self._together(shard, layout, ranks, latents)
+        picture = self._blend_tiles(ranks.all_gather(shard), layout, shares, *self._picture_size(latents))
         return to_uint8(picture) if as_uint8 else picture.to(latents.dtype)
 
     @torch.no_grad()
@@ -176,31 +175,28 @@ class ParallelTiledVAE(nn.Module):
         asked = f"{self._request(latents, None, output_type)}, in a stream"
         budget = self._memory_budget(ranks)
         with ranks.agreement(asked):
-            planner, choice, finite = self._check_and_choose(latents, None, ranks, output_type, budget, stream=True)
-        if choice.mode == "tiled":
+            decode_plan, finite = self._check_and_plan(latents, None, ranks, output_type, budget, stream=True)
+        layout = decode_plan.layout
+        if isinstance(layout, TilePlan):
             self._hand_out(self._decode(latents, None, ranks, output_type, on_progress), ranks, on_frames)
             return
-        self._announce(choice)
-        patches, trace = _share(planner, choice, ranks)
-        pieces = window_pieces(
-            self.engine, self.config.arch_config, latents, trace, patches.shard_size, output_type == "uint8"
-        )
+        self._announce(decode_plan.choice)
+        trace, as_uint8 = _own_trace(layout, ranks), output_type == "uint8"
+        pieces = window_pieces(self.engine, self.config.arch_config, latents, trace, layout.shard_size, as_uint8)
         for step in range(1, latents.shape[2] + 1):
             with ranks.agreement(f"latent frame {step} of {asked}"):
                 shard = next(pieces)
                 if step == 1:
                     finite.raise_if_not()
-            frames = self._together(shard, choice, patches, ranks, latents)
+            frames = self._together(shard, layout, ranks, latents)
             with ranks.agreement(f"frames of latent frame {step} taken"):
                 on_frames(frames)
                 if on_progress:
                     on_progress(step, latents.shape[2])
 
-    def _together(
-        self, shard: Tensor, choice: DecodeChoice, patches: PatchPlan, ranks: RankGroup, latents: Tensor
-    ) -> Tensor:
+    def _together(self, shard: Tensor, patches: PatchPlan, ranks: RankGroup, latents: Tensor) -> Tensor:
         """The picture of an exact decode, from every rank's shard of it."""
-        if choice.mode == "single":
+        if len(patches.traces) == 1:
             return shard
         return paste(ranks.all_gather(shard), patches.outputs, *self._picture_size(latents))
 
@@ -216,7 +212,7 @@ class ParallelTiledVAE(nn.Module):
                 if frames.shape[2]:
                     on_frames(frames)
 
-    def _check_and_choose(
+    def _check_and_plan(
         self,
         latents: Tensor,
         mode: str | None,
@@ -225,22 +221,23 @@ class ParallelTiledVAE(nn.Module):
         budget: int,
         *,
         stream: bool = False,
-    ) -> tuple[DecodePlanner, DecodeChoice, FiniteCheck]:
+    ) -> tuple[DecodePlan, FiniteCheck]:
         """``stream``: the result is not held as a whole, but a latent frame's part at a time."""
         check_half("decoder", self.config.load_decoder)
         check_output_type(output_type)
-        check_latents(latents, self.config.arch_config, self.dtype, self.device)
+        weight = next(self.parameters())
+        check_latents(latents, self.config.arch_config, weight.dtype, weight.device)
         finite = FiniteCheck("latents", latents)
         batch, channels, lat_frames, *lat_size = latents.shape
         shape = (batch, channels, min(lat_frames, 2) if stream else lat_frames, *lat_size)
-        key = (self.config, shape, latents.dtype, mode, ranks.size, budget)
-        if key not in self._choices:
+
+        def make() -> DecodePlan:
             head_work = self.engine.head_work(*lat_size)
             planner = DecodePlanner(self.config, self.engine.decoder_stages, head_work, shape, latents.dtype)
-            self._choices[key] = (planner, planner.choose(mode, ranks.size, budget))
-            if len(self._choices) > _PLANS_KEPT:
-                del self._choices[next(iter(self._choices))]
-        return *self._choices[key], finite
+            return planner.plan(mode, ranks.size, budget)
+
+        key = (shape, latents.dtype, mode, ranks.size, budget)
+        return self._decode_plans.get(self.config, key, make), finite
 
     def _blend_tiles(self, shards: Tensor, tiles: TilePlan, shares: Sequence[Span], height: int, width: int) -> Tensor:
         in_order = (shards[rank, slot] for rank, share in enumerate(shares) for slot in range(share.size))
@@ -263,11 +260,13 @@ class ParallelTiledVAE(nn.Module):
         budget = self._memory_budget(ranks)
         with ranks.agreement(asked):
             check_half("encoder", self.config.load_encoder)
-            check_pixels(pixels, self.config.arch_config, self.dtype, self.device)
+            weight = next(self.parameters())
+            check_pixels(pixels, self.config.arch_config, weight.dtype, weight.device)
             finite = FiniteCheck("pixels", pixels)
             stages, channels = self.engine.encoder_stages, self.engine.feature_channels
             planner = EncodePlanner(self.config, stages, channels, pixels.shape, pixels.dtype)
-            patches = planner.patches(ranks.size, budget)
+            key = (pixels.shape, pixels.dtype, ranks.size, budget)
+            patches = self._encode_plans.get(self.config, key, lambda: planner.patches(ranks.size, budget))
             shard = encode_window(self.engine, pixels, planner.lat_frames, patches, ranks.rank, on_progress)
             finite.raise_if_not()
         features = paste(ranks.all_gather(shard), patches.outputs, *planner.lat_size)
@@ -304,11 +303,9 @@ class ParallelTiledVAE(nn.Module):
             logger.info("decode: %s: %s", choice.how, choice.reason)
 
 
-def _share(planner: DecodePlanner, choice: DecodeChoice, ranks: RankGroup) -> tuple[PatchPlan, tuple[Window, ...]]:
-    """The windows of an exact decode, and the trace of this rank's own."""
-    sharing = ranks if choice.mode == "patch" else RankGroup.alone()
-    patches = planner.patches(sharing.size)
-    return patches, patches.traces[sharing.rank]
+def _own_trace(patches: PatchPlan, ranks: RankGroup) -> tuple[Window, ...]:
+    """This rank's window of an exact decode; where all decode alone there is one for all."""
+    return patches.traces[ranks.rank if len(patches.traces) > 1 else 0]
 
 
 def _shape_of(value: object) -> str:

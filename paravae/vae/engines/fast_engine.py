@@ -65,7 +65,7 @@ class FastEngine(TorchEngine):
             return run_local(decoder.tail(as_uint8=as_uint8), flow, trace, cache, crop_flow).contiguous()
 
         working = partial(_working, self.decoder_stages, trace, latents)
-        yield from self._run(("decode", trace, as_uint8), pixels_of, latents.split(1, dim=2), working)
+        yield from self._run(("decode", *_ends(trace), as_uint8), pixels_of, latents.split(1, dim=2), working)
 
     def encode_window(self, pixels: Tensor, trace: Sequence[Window]) -> Iterator[Tensor]:
         self._encoder_parts()
@@ -81,7 +81,7 @@ class FastEngine(TorchEngine):
             return flow.total().movedim(-1, 1).contiguous()
 
         working = partial(_working, self.encoder_stages, trace, pixels)
-        yield from self._run(("encode", trace), features_of, self._pieces(pixels), working)
+        yield from self._run(("encode", *_ends(trace)), features_of, self._pieces(pixels), working)
 
     def encode_features(self, features: Tensor) -> Tensor:
         self._encoder_parts()
@@ -131,11 +131,10 @@ class _Copy(Generic[Folded]):
         self._tables = [part._parameters for part in parts]  # looked at for every decode: traversal would take longer
         self._make, self._when_changed = make, when_changed
         self._copy: Folded | None = None
-        self._made_from: tuple[list[int], list[int]] = [], []
+        self._made_from: list[tuple[int, int]] = []
 
     def up_to_date(self) -> Folded:
-        parameters = self._parameters()
-        now = [parameter.data_ptr() for parameter in parameters], [parameter._version for parameter in parameters]
+        now = [(parameter.data_ptr(), parameter._version) for parameter in self._parameters()]
         if self._copy is None or now != self._made_from:
             if self._copy is not None:
                 self._copy = None
@@ -148,14 +147,19 @@ class _Copy(Generic[Folded]):
     def needs_grad(self) -> bool:
         return any(parameter.requires_grad for parameter in self._parameters())
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for table in self._tables for parameter in table.values() if parameter is not None]
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for table in self._tables for parameter in table.values() if parameter is not None)
 
 
 def _tuned_convolutions() -> AbstractContextManager[None]:
     """cuDNN tries its algorithms at the first call of each shape and keeps the fastest."""
     cudnn = torch.backends.cudnn
     return cudnn.flags(enabled=cudnn.enabled, benchmark=True, deterministic=False, allow_tf32=cudnn.allow_tf32)
+
+
+def _ends(trace: Sequence[Window]) -> tuple[Window, Window]:
+    """What tells the traces of one size of picture apart: the windows between follow from the last."""
+    return trace[0], trace[-1]
 
 
 def _working(stages: Stages, trace: Sequence[Window], value: Tensor) -> tuple[int, ...]:
