@@ -61,8 +61,11 @@ class FastEngine(TorchEngine):
         trace = tuple(trace)
 
         def pixels_of(frame: Tensor, cache: FrameCache | None) -> Tensor:
-            flow = crop_flow(decoder.head(frame, cache), whole_of(frame), trace[0])
-            return run_local(decoder.tail(as_uint8=as_uint8), flow, trace, cache, crop_flow).contiguous()
+            def head() -> Flow | Tensor:
+                return crop_flow(decoder.head(frame, cache), whole_of(frame), trace[0])
+
+            # The head's flow gets no name here: it would be held to the end, in the way of what is larger.
+            return run_local(decoder.tail(as_uint8=as_uint8), head(), trace, cache, crop_flow).contiguous()
 
         working = partial(_working, self.decoder_stages, trace, latents)
         yield from self._run(("decode", *_ends(trace), as_uint8), pixels_of, latents.split(1, dim=2), working)
@@ -80,7 +83,7 @@ class FastEngine(TorchEngine):
             assert isinstance(flow, Flow)
             return flow.total().movedim(-1, 1).contiguous()
 
-        working = partial(_working, self.encoder_stages, trace, pixels)
+        working = partial(_working, self.encoder_stages, trace, pixels, padded=trace[0])
         yield from self._run(("encode", *_ends(trace)), features_of, self._pieces(pixels), working)
 
     def encode_features(self, features: Tensor) -> Tensor:
@@ -162,7 +165,10 @@ def _ends(trace: Sequence[Window]) -> tuple[Window, Window]:
     return trace[0], trace[-1]
 
 
-def _working(stages: Stages, trace: Sequence[Window], value: Tensor) -> tuple[int, ...]:
-    """Bytes of the largest tensors of a lone frame: the stream, what a convolution reads, what it writes."""
+def _working(stages: Stages, trace: Sequence[Window], value: Tensor, padded: Window | None = None) -> tuple[int, ...]:
+    """Bytes of the largest tensors of a lone frame: the stream, what a convolution reads, what it writes. One of them
+    is to have room for one more row and column than ``padded``, for a convolution that halves the size."""
     largest = value.shape[0] * peak_elements(stages, trace) * value.element_size()
-    return largest, largest, largest
+    if padded is None or not padded.area:
+        return largest, largest, largest
+    return largest, largest, -(-largest * (padded.rows.size + 1) * (padded.cols.size + 1) // padded.area)
