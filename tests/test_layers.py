@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paravae.layers import upsample
-from paravae.layers.attention import wide_attention
+from paravae.layers.attention import by_triton, wide_attention
 from paravae.layers.norm_silu import merged, norm_silu
 from paravae.layers.to_pixels import tap_columns, to_pixels
 from tests.builders import max_error, noise
@@ -141,8 +141,9 @@ def test_wide_attention_at_full_width(tokens: int) -> None:
     qkv = draw(0, 1, tokens, 3 * 384, dtype=torch.bfloat16)
     query, key, value = (part[:, None] for part in qkv.float().chunk(3, dim=-1))
     truth = F.scaled_dot_product_attention(query, key, value)[:, 0]
-    assert wide_attention._reason(qkv) is None
-    assert_as_good(wide_attention.kernel(qkv), wide_attention.reference(qkv), truth)
+    for op in (wide_attention, by_triton):
+        assert op._reason(qkv) is None
+        assert_as_good(op.kernel(qkv), op.reference(qkv), truth)
 
 
 @few

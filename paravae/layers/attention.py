@@ -1,8 +1,9 @@
 """Attention with one wide head: all positions of a frame attend to all, head dim 384 in the published model.
 
-The usual kernels stop at head dim 256, which leaves PyTorch with one that runs at a fifth of the GPU's rate. This
-one is flash attention (Dao et al. 2022: softmax rescaled as blocks of keys come by, so no score matrix) with the
-head dim cut into two powers of two, 384 = 256 + 128, and keys and values fetched by Hopper's copy engine.
+The usual kernels stop at head dim 256, which leaves PyTorch with one that runs at a fifth of the GPU's rate. These
+are flash attention (Dao et al. 2022: softmax rescaled as blocks of keys come by, so no score matrix). The one for
+Hopper and head dim 384 is CUDA C++ (hopper_attention.py); the one for all else is Triton's, here, with the head dim cut
+into two powers of two, 384 = 256 + 128, and keys and values fetched by the copy engine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paravae.layers import hopper_attention
 from paravae.layers.dispatch import FusedOp, jit, split_channels, tl, triton
 
 _BLOCK_QUERIES, _BLOCK_KEYS, _WARPS, _STAGES = 64, 32, 4, 3  # the fastest of a sweep on an H200: 425 TFLOP/s
@@ -84,7 +86,7 @@ def wide_attention_kernel(
         tl.store(out_ptr + at2, (out2 * share).to(out_ptr.dtype.element_ty), mask=keep)
 
 
-def _unfit(qkv: Tensor) -> str | None:
+def _unfit_for_triton(qkv: Tensor) -> str | None:
     channels = qkv.shape[-1] // 3
     first, second = split_channels(channels)
     if first + second != channels or min(first, second or first) < 16 or channels > _MOST_CHANNELS:
@@ -98,7 +100,7 @@ def _unfit(qkv: Tensor) -> str | None:
     return None
 
 
-def _launch(qkv: Tensor) -> Tensor:
+def _launch_triton(qkv: Tensor) -> Tensor:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     images, tokens, channels3 = qkv.shape
@@ -129,4 +131,25 @@ def _launch(qkv: Tensor) -> Tensor:
     return out
 
 
-wide_attention = FusedOp("wide_attention", _reference, _launch, _unfit)
+by_triton = FusedOp("wide_attention by Triton", _reference, _launch_triton, _unfit_for_triton)
+by_cuda = FusedOp(
+    "wide_attention by CUDA",
+    by_triton,
+    hopper_attention.launch,
+    hopper_attention.unfit,
+    triton=False,
+    otherwise="Triton's kernel",
+)
+
+
+def _unfit(qkv: Tensor) -> str | None:
+    return hopper_attention.unfit(qkv) and by_triton._reason(qkv)
+
+
+def _launch(qkv: Tensor) -> Tensor:
+    if hopper_attention.unfit(qkv) is None:
+        return by_cuda(qkv)  # or by Triton, if that fails
+    return by_triton.kernel(qkv)
+
+
+wide_attention = FusedOp("wide_attention", _reference, _launch, _unfit, triton=False)

@@ -60,6 +60,7 @@ class FusedOp(Generic[P, R]):
     """An op with two implementations of one signature, whose first argument is the tensor that decides.
 
     ``unfit``: names what the kernel cannot do about these arguments, or None. ``triton``: whether it is Triton's.
+    ``otherwise``: what the reference is, in words.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class FusedOp(Generic[P, R]):
         unfit: Callable[P, str | None],
         *,
         triton: bool = True,
+        otherwise: str = "plain PyTorch",
     ) -> None:
         self.name, self.reference, self.kernel, self._unfit = name, reference, kernel, unfit
-        self._is_triton = triton
+        self._is_triton, self._otherwise = triton, otherwise
         self.__doc__ = reference.__doc__
         self._broken: str | None = None
 
@@ -103,7 +105,7 @@ class FusedOp(Generic[P, R]):
     def _say(self, reason: str) -> None:
         if (self.name, reason) not in _said:
             _said.add((self.name, reason))
-            logger.warning("%s runs as plain PyTorch: %s", self.name, reason)
+            logger.warning("%s runs as %s: %s", self.name, self._otherwise, reason)
 
 
 def split_channels(channels: int) -> tuple[int, int]:

@@ -33,12 +33,14 @@ def source_of(name: str, defines: tuple[tuple[str, int], ...]) -> str:
 
 
 @cache
-def compiled(name: str, defines: tuple[tuple[str, int], ...], shared_bytes: int, device: torch.device) -> Any:
-    """The kernel ``name`` of ``name``.cu, loaded on ``device``; it takes a grid, a block, arguments and
-    ``shared_mem``. ``SHARED_BYTES`` is defined for it."""
+def compiled(
+    name: str, defines: tuple[tuple[str, int], ...], shared_bytes: int, device: torch.device, file: str | None = None
+) -> Any:
+    """The kernel ``name`` of ``file``.cu, or of ``name``.cu, loaded on ``device``; it takes a grid, a block, arguments
+    and ``shared_mem``. ``SHARED_BYTES`` is defined for it."""
     from torch.utils import cpp_extension
 
-    source = source_of(name, (*defines, ("SHARED_BYTES", shared_bytes)))
+    source = source_of(file or name, (*defines, ("SHARED_BYTES", shared_bytes)))
     home = cpp_extension.CUDA_HOME
     cpp_extension.CUDA_HOME = home or "/usr/local/cuda"  # PyTorch asks for the toolkit's headers: none is needed
     try:
