@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paravae.layers.fused_conv import CHANNELS as FUSED_CHANNELS
-from paravae.layers.fused_conv import fused_conv, pack_weight
+from paravae.layers.fused_conv import fused_conv, is_fusable, pack_weight
 from paravae.layers.norm_silu import norm_silu
 from paravae.vae.models.blocks import CausalConv3d, FrameCache
 from paravae.vae.models.stage import crop
@@ -115,9 +114,8 @@ class FoldedConv:
         self.channels = self._weight.shape[1]
         self.history = conv.history
         self.bias = wide(conv.bias)
-        # Where channels are few, library and norm leave the GPU half idle; elsewhere they are as fast as one kernel.
-        fusable = tuple(self._lone.shape) == (FUSED_CHANNELS, FUSED_CHANNELS, 3, 3)
-        self._packed = pack_weight(self._lone) if fusable else None
+        # Where channels are few, library and norm take longer than one kernel; elsewhere they are as fast.
+        self._packed = pack_weight(self._lone) if is_fusable(self._lone) else None
 
     @property
     def matrix(self) -> Tensor:
