@@ -25,6 +25,7 @@ from torch import Tensor
 from paravae import AutoencoderKLQwenImage, QwenImageVAEConfig
 from paravae.configs.base import ENGINES
 from paravae.launch.bench_timing import largest, spread
+from paravae.launch.errors import leave_at_once
 from paravae.launch.machine import describe
 from paravae.launch.world import World, place_from_environment, world
 
@@ -102,6 +103,8 @@ def main() -> None:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             print(json.dumps(report, indent=2))
+    if place.size > 1:
+        leave_at_once(0)
 
 
 def run(args: argparse.Namespace, here: World) -> dict[str, object]:

@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("paravae: interrupted", file=sys.stderr)
             return 130
+        if place.size > 1:
+            leave_at_once(0)
     return 0
 
 

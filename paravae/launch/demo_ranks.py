@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paravae import AutoencoderKLQwenImage, RankError
-from paravae.launch.errors import INPUT_STATUS, agreed, status_of
+from paravae.launch.errors import INPUT_STATUS, agreed, leave_at_once, status_of
 from paravae.launch.latents import open_latents, read_latents, write_latents
 from paravae.launch.picture_input import fit_to_model, read_picture
 from paravae.launch.picture_output import plan_output, write_pictures
@@ -109,6 +109,8 @@ def run_rank(rank: int, job: Job) -> None:
             kind = "input" if status_of(error) == INPUT_STATUS else "failure"
             job.error_file.write_text(json.dumps([kind, str(error)]), encoding="utf-8")
         raise
+    if job.ranks > 1:
+        leave_at_once(0)
 
 
 def _measure(job: Job, here: World) -> Results:

@@ -63,7 +63,11 @@ def report(error: BaseException, place: Place, debug: bool) -> int:
 
 
 def leave_at_once(status: int) -> NoReturn:
-    """End this rank without any tidying up, which could wait for a rank that is gone, or be cut short by torchrun."""
+    """End this rank without any tidying up, which could wait for a rank that is gone, or be cut short by torchrun.
+
+    After a success too: a thread of gloo's may be the last to hold a tensor of the last collective, and if it lets go
+    while the interpreter shuts down, the process aborts (seen once in CI; pytorch/pytorch issue 190489).
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
