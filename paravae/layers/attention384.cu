@@ -35,8 +35,6 @@ constexpr float SCALE = 0.051031036307982884f * 1.4426950408889634f;  // 1 / sqr
 constexpr float LAG = 8.0f;
 #define INFINITE __int_as_float(0x7f800000)
 
-#define R8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-                 "+f"(d[i + 6]), "+f"(d[i + 7])
 #define R32(d, i) R8(d, i), R8(d, i + 8), R8(d, i + 16), R8(d, i + 24)
 #define D32 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
@@ -59,12 +57,6 @@ __device__ __forceinline__ void mma_values(float (&d)[64], const u32* p, u64 v) 
                  "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
                  : R32(d, 0), R32(d, 32)
                  : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
-}
-// Keeps the compiler from moving uses of accumulators over this point.
-template <int SIZE>
-__device__ __forceinline__ void pin(float (&d)[SIZE]) {
-#pragma unroll
-    for (int i = 0; i < SIZE; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 // Of an operand with the 128-byte swizzle; between_boxes is read only of MN-major ones wider than 64.
 __device__ __forceinline__ u64 swizzled(u32 address, u32 between_boxes) {

@@ -28,8 +28,6 @@ constexpr u32 AT_PIXELS_EMPTY = AT_PIXELS_FULL + CONSUMERS * PIXEL_RING * 8;
 constexpr u32 SHARED = AT_PIXELS_EMPTY + CONSUMERS * PIXEL_RING * 8;
 static_assert(SHARED == SHARED_BYTES, "fused_conv.py asks for another size");
 
-#define R8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-                 "+f"(d[i + 6]), "+f"(d[i + 7])
 #define R48(d, i) R8(d, i), R8(d, i + 8), R8(d, i + 16), R8(d, i + 24), R8(d, i + 32), R8(d, i + 40)
 #define D96 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
@@ -45,16 +43,6 @@ __device__ __forceinline__ void mma(float (&d)[96], u64 a, u64 b) {
         "wgmma.mma_async.sync.aligned.m64n192k16.f32." TYPE "." TYPE " {" D96 "}, %96, %97, p, 1, 1, 0, 0; }"
         : R48(d, 0), R48(d, 48)
         : "l"(a), "l"(b));
-}
-// Keeps the compiler from moving uses of the accumulator over this point.
-__device__ __forceinline__ void pin(float (&d)[96]) {
-#pragma unroll
-    for (int i = 0; i < 96; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-__device__ __forceinline__ u32 silu(float y, float z) {
-    return pack(y * inverse(1.0f + power(y * -1.4426950408889634f)),
-                z * inverse(1.0f + power(z * -1.4426950408889634f)));
 }
 
 // The clusters take pairs of tiles, one for each block, and a cluster's consumers take its pairs in turn.

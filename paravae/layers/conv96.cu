@@ -31,8 +31,6 @@ constexpr u32 AT_WEIGHTS = AT_EMPTY + RING * 8;
 constexpr u32 SHARED = AT_WEIGHTS + SLICES * 8;
 static_assert(SHARED == SHARED_BYTES, "fused_conv.py asks for another size");
 
-#define R8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-                 "+f"(d[i + 6]), "+f"(d[i + 7])
 #define R48(d) R8(d, 0), R8(d, 8), R8(d, 16), R8(d, 24), R8(d, 32), R8(d, 40)
 #define D48 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
@@ -46,16 +44,6 @@ __device__ __forceinline__ void mma(float (&d)[48], u64 a, u64 b, bool add) {
         "wgmma.mma_async.sync.aligned.m64n96k16.f32." TYPE "." TYPE " {" D48 "}, %48, %49, p, 1, 1, 0, 0; }"
         : R48(d)
         : "l"(a), "l"(b), "r"(int(add)));
-}
-// Keeps the compiler from moving uses of the accumulator over this point.
-__device__ __forceinline__ void pin(float (&d)[48]) {
-#pragma unroll
-    for (int i = 0; i < 48; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-__device__ __forceinline__ u32 silu(float y, float z) {
-    return pack(y * inverse(1.0f + power(y * -1.4426950408889634f)),
-                z * inverse(1.0f + power(z * -1.4426950408889634f)));
 }
 
 struct Tile {

@@ -37,11 +37,21 @@ __device__ __forceinline__ u64 descriptor(u32 address, u32 between_chunks, u32 b
     return u64(address >> 4) | u64(between_chunks >> 4) << 16 | u64(between_rows_of_8 >> 4) << 32;
 }
 
+// Eight of an accumulator's registers, as operands of an asm statement.
+#define R8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+                 "+f"(d[i + 6]), "+f"(d[i + 7])
+
 __device__ __forceinline__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT>
 __device__ __forceinline__ void mma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+// Keeps the compiler from moving uses of accumulators over this point.
+template <int SIZE>
+__device__ __forceinline__ void pin(float (&d)[SIZE]) {
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // ---- arithmetic on pairs
@@ -70,4 +80,8 @@ __device__ __forceinline__ float inverse(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+__device__ __forceinline__ u32 silu(float y, float z) {
+    return pack(y * inverse(1.0f + power(y * -1.4426950408889634f)),
+                z * inverse(1.0f + power(z * -1.4426950408889634f)));
 }
