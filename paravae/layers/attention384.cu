@@ -98,9 +98,6 @@ struct Piece {
 
 // ---- loading: qkv [N, tokens, 3 C] -> queries and ring
 
-__device__ __forceinline__ void expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
 // Two boxes, side by side: 64 tokens x 128 channels, the `part`th; what lies past the image's last token becomes zero.
 __device__ __forceinline__ void load(u32 to, u64 map, int part, int token, int image, u32 bar) {
     asm volatile(
@@ -324,8 +321,7 @@ __device__ __forceinline__ void attend(u64 map, u32 shared, u32* out, float* par
         const int token = (piece.tile - image * tiles_of_image) * TILE + row;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            weight[r] += __shfl_xor_sync(~0u, weight[r], 1);
-            weight[r] += __shfl_xor_sync(~0u, weight[r], 2);
+            weight[r] = quad_sum(weight[r]);
             if (token + 8 * r >= tokens) continue;
             if (piece.slot < 0) {
                 const float share = inverse(weight[r]);

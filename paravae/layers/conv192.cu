@@ -95,7 +95,7 @@ __device__ __forceinline__ void stream_weights(const unsigned char* weights, u32
         for (int step = 0; step < STEPS; ++step) {
             const u32 full = shared + AT_FULL + slot * 8, empty = shared + AT_EMPTY + slot * 8;
             wait(empty, parity);
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(W_STEP) : "memory");
+            expect(full, W_STEP);
             const u32 half = W_STEP / CLUSTER, to = shared + slot * W_STEP + work.rank * half;
             const unsigned char* from = weights + (part * STEPS + step) * W_STEP + work.rank * half;
             asm volatile(
@@ -273,14 +273,9 @@ __device__ __forceinline__ void consume(unsigned char* memory, u32 shared, uint4
             }
         }
 #if NORM
-        float scale[4];  // sqrt(192) / max(norm, 1e-12)
+        float scale[4];
 #pragma unroll
-        for (int m = 0; m < 4; ++m) {
-            squares[m] += __shfl_xor_sync(~0u, squares[m], 1);  // the quad has the pixel's other channels
-            squares[m] += __shfl_xor_sync(~0u, squares[m], 2);
-            asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(scale[m]) : "f"(fmaxf(squares[m], 1e-24f)));
-            scale[m] *= 13.856406460551018f;
-        }
+        for (int m = 0; m < 4; ++m) scale[m] = rms_scale(quad_sum(squares[m]), 13.856406460551018f);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
             float(&d)[96] = m & 1 ? odd : even;

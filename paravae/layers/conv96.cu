@@ -212,14 +212,9 @@ __device__ __forceinline__ void consume(unsigned char* memory, u32 shared, uint4
             }
         }
 #if NORM
-        float scale[4];  // sqrt(96) / max(norm, 1e-12)
+        float scale[4];
 #pragma unroll
-        for (int m = 0; m < 4; ++m) {
-            squares[m] += __shfl_xor_sync(~0u, squares[m], 1);  // the quad has the pixel's other channels
-            squares[m] += __shfl_xor_sync(~0u, squares[m], 2);
-            asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(scale[m]) : "f"(fmaxf(squares[m], 1e-24f)));
-            scale[m] *= 9.797958971132712f;
-        }
+        for (int m = 0; m < 4; ++m) scale[m] = rms_scale(quad_sum(squares[m]), 9.797958971132712f);
 #pragma unroll
         for (int b = 0; b < 3; ++b) {
             const float* gamma = reinterpret_cast<const float*>(memory + AT_GAMMA) + b * 32 + quad * 8;
@@ -257,9 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         for (u32 s = 0; s < SLICES; ++s) {
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared + AT_WEIGHTS + s * 8),
-                         "r"(W_SLICE)
-                         : "memory");
+            expect(shared + AT_WEIGHTS + s * 8, W_SLICE);
             asm volatile(
                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                     shared + s * W_SLICE),

@@ -16,6 +16,10 @@ __device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
 __device__ __forceinline__ void arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
+// Arrives, and awaits that many bytes of the copy engine's.
+__device__ __forceinline__ void expect(u32 bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ bool passed(u32 bar, u32 parity) {
     u32 yes;
     asm volatile(
@@ -84,4 +88,17 @@ __device__ __forceinline__ float inverse(float x) {
 __device__ __forceinline__ u32 silu(float y, float z) {
     return pack(y * inverse(1.0f + power(y * -1.4426950408889634f)),
                 z * inverse(1.0f + power(z * -1.4426950408889634f)));
+}
+
+// ---- a row of an accumulator, whose columns are spread over four neighbouring threads
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+// root / max(norm, 1e-12), of the sum of squares and the root of their number.
+__device__ __forceinline__ float rms_scale(float squares, float root) {
+    float scale;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(scale) : "f"(fmaxf(squares, 1e-24f)));
+    return scale * root;
 }
