@@ -57,6 +57,18 @@ def _reference(
 
 
 @jit
+def rms_scale(squares, C: tl.constexpr, EPSILON: tl.constexpr):
+    """sqrt(C) / max(norm, EPSILON), of the sum of squares of C channels."""
+    return (C**0.5) / tl.maximum(tl.sqrt(squares), EPSILON)
+
+
+@jit
+def silu_of(y):
+    """y / (1 + exp(-y)), with exp(-y) as a power of two, which is what the hardware has."""
+    return y / (1.0 + tl.exp2(y * -1.4426950408889634))
+
+
+@jit
 def norm_silu_kernel(
     x_ptr,
     residual_ptr,
@@ -120,14 +132,14 @@ def norm_silu_kernel(
         squares = tl.sum(total1 * total1, 1)
         if C2:
             squares += tl.sum(total2 * total2, 1)
-        scale = ((C**0.5) / tl.maximum(tl.sqrt(squares), EPSILON))[:, None]
+        scale = rms_scale(squares, C, EPSILON)[:, None]
         total1 = total1 * scale * tl.load(gamma_ptr + c1)[None, :]
         if C2:
             total2 = total2 * scale * tl.load(gamma_ptr + c2, mask=real2, other=0.0)[None, :]
-        if SILU:  # exp(-y) as a power of two, which is what the hardware has
-            total1 = total1 / (1.0 + tl.exp2(total1 * -1.4426950408889634))
+        if SILU:
+            total1 = silu_of(total1)
             if C2:
-                total2 = total2 / (1.0 + tl.exp2(total2 * -1.4426950408889634))
+                total2 = silu_of(total2)
     tl.store(out_ptr + at1, total1.to(out_ptr.dtype.element_ty), mask=inside)
     if C2:
         tl.store(out_ptr + at2, total2.to(out_ptr.dtype.element_ty), mask=inside2)

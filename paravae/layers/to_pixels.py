@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paravae.layers import norm_silu as norm
 from paravae.layers.dispatch import FusedOp, jit, split_channels, tl, triton
+from paravae.layers.norm_silu import EPSILON, norm_silu, rms_scale, silu_of
 from paravae.vae.pixels import to_uint8
 
 _COLOURS = 3
@@ -46,7 +46,7 @@ def _reference(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     total = x.to(wide) + bias if residual is None else x.to(wide) + bias + residual
-    activated = norm.norm_silu.reference(total, gamma).to(x.dtype)
+    activated = norm_silu.reference(total, gamma).to(x.dtype)
     weight = columns[:, : 9 * _COLOURS].unflatten(1, (3, 3, _COLOURS)).permute(3, 0, 1, 2)
     pixels = F.conv2d(activated[:, 0].permute(0, 3, 1, 2).to(wide), weight.to(wide), colour_bias, padding=1)
     pixels = pixels.clamp(-1, 1)[:, :, None].contiguous()
@@ -90,14 +90,12 @@ def project_kernel(
         if HAS_RESIDUAL:
             total2 += tl.load(residual_ptr + at2, mask=inside, other=0.0).to(tl.float32)
         squares += tl.sum(total2 * total2, 1)
-    scale = ((C**0.5) / tl.maximum(tl.sqrt(squares), EPSILON))[:, None]
-    total1 = total1 * scale * tl.load(gamma_ptr + c1)[None, :]
-    total1 = total1 / (1.0 + tl.exp2(total1 * -1.4426950408889634))
+    scale = rms_scale(squares, C, EPSILON)[:, None]
+    total1 = silu_of(total1 * scale * tl.load(gamma_ptr + c1)[None, :])
     weight1 = tl.load(columns_ptr + c1[:, None] * COLUMNS + column[None, :])
     planes = tl.dot(total1.to(weight1.dtype), weight1, input_precision="ieee")
     if C2:
-        total2 = total2 * scale * tl.load(gamma_ptr + c2)[None, :]
-        total2 = total2 / (1.0 + tl.exp2(total2 * -1.4426950408889634))
+        total2 = silu_of(total2 * scale * tl.load(gamma_ptr + c2)[None, :])
         weight2 = tl.load(columns_ptr + c2[:, None] * COLUMNS + column[None, :])
         planes = tl.dot(total2.to(weight2.dtype), weight2, planes, input_precision="ieee")
     at = column.to(tl.int64)[None, :] * pixels + first + pixel[:, None]
@@ -189,7 +187,7 @@ def _launch(
         PLANES=9 * _COLOURS,
         BLOCK=block,
         HAS_RESIDUAL=residual is not None,
-        EPSILON=norm.EPSILON,
+        EPSILON=EPSILON,
         num_warps=1,
     )
     dtype = torch.uint8 if as_uint8 else x.dtype
