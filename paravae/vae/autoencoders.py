@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from paravae.configs import QwenImageVAEConfig, VAEConfig, WanVAEConfig
 from paravae.vae.engines.fast_engine import FastEngine
-from paravae.vae.engines.torch_engine import TorchEngine
+from paravae.vae.engines.torch_engine import Networks, TorchEngine
 from paravae.vae.models import checkpoint
 from paravae.vae.models.blocks import CausalConv3d
 from paravae.vae.models.decoder import Decoder
@@ -35,11 +35,13 @@ class AutoencoderKLQwenImage(ParallelTiledVAE):
         self.quant_conv = CausalConv3d(2 * arch.z_dim, 2 * arch.z_dim, 1) if config.load_encoder else None
         self.post_quant_conv = CausalConv3d(arch.z_dim, arch.z_dim, 1) if config.load_decoder else None
         self.decoder = Decoder(arch) if config.load_decoder else None
-        parts = (self.encoder, self.quant_conv, self.post_quant_conv, self.decoder, arch.temporal_ratio)
+        networks = Networks(
+            self.encoder, self.quant_conv, self.post_quant_conv, self.decoder, temporal_ratio=arch.temporal_ratio
+        )
         if config.engine == "torch":
-            self.use_engine(TorchEngine(*parts))
+            self.use_engine(TorchEngine(networks))
         else:
-            self.use_engine(FastEngine(*parts, everywhere=config.engine == "fast", graphs=config.cuda_graphs))
+            self.use_engine(FastEngine(networks, everywhere=config.engine == "fast", graphs=config.cuda_graphs))
         self.requires_grad_(False)
 
     @classmethod

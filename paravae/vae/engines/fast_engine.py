@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from paravae.vae.engines.graphs import GraphCache
-from paravae.vae.engines.torch_engine import TorchEngine, cut, whole_of
-from paravae.vae.models.blocks import CausalConv3d, FrameCache
-from paravae.vae.models.decoder import Decoder
-from paravae.vae.models.encoder import Encoder
+from paravae.vae.engines.torch_engine import Networks, TorchEngine, cut, whole_of
+from paravae.vae.models.blocks import FrameCache
 from paravae.vae.models.flow import Flow, crop_flow
 from paravae.vae.models.folded import FoldedDecoder, FoldedEncoder
 from paravae.vae.models.stage import run_local
@@ -31,25 +29,19 @@ class FastEngine(TorchEngine):
     a video's take as much again.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder | None,
-        quant_conv: CausalConv3d | None,
-        post_quant_conv: CausalConv3d | None,
-        decoder: Decoder | None,
-        temporal_ratio: int,
-        *,
-        everywhere: bool,
-        graphs: int,
-    ) -> None:
-        super().__init__(encoder, quant_conv, post_quant_conv, decoder, temporal_ratio)
+    def __init__(self, networks: Networks, *, everywhere: bool, graphs: int) -> None:
+        super().__init__(networks)
         self._everywhere = everywhere
         self.graphs = GraphCache(graphs)
         self._fast_decoder = _Copy(
-            (post_quant_conv, decoder), lambda: FoldedDecoder(*self._decoder_parts()), self.graphs.clear
+            (networks.post_quant_conv, networks.decoder),
+            lambda: FoldedDecoder(*self._decoder_parts()),
+            self.graphs.clear,
         )
         self._fast_encoder = _Copy(
-            (encoder, quant_conv), lambda: FoldedEncoder(*self._encoder_parts()), self.graphs.clear
+            (networks.encoder, networks.quant_conv),
+            lambda: FoldedEncoder(*self._encoder_parts()),
+            self.graphs.clear,
         )
 
     def decode(self, latents: Tensor, trace: Sequence[Window], *, as_uint8: bool = False) -> Iterator[Tensor]:

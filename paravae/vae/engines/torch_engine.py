@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +16,22 @@ from paravae.vae.pixels import to_uint8
 from paravae.vae.plan import Span, Window
 
 
+class Networks(NamedTuple):
+    """What an engine runs; a half that was not loaded is None. ``temporal_ratio``: pixel frames of a latent frame."""
+
+    encoder: Encoder | None
+    quant_conv: CausalConv3d | None
+    post_quant_conv: CausalConv3d | None
+    decoder: Decoder | None
+    temporal_ratio: int
+
+
 class TorchEngine:
     """Runs the networks it is given; implements ``engines.base.Engine``. Differentiable: it sets no grad mode."""
 
-    def __init__(
-        self,
-        encoder: Encoder | None,
-        quant_conv: CausalConv3d | None,
-        post_quant_conv: CausalConv3d | None,
-        decoder: Decoder | None,
-        temporal_ratio: int,
-    ) -> None:
-        self._encoder, self._quant_conv = encoder, quant_conv
-        self._post_quant_conv, self._decoder = post_quant_conv, decoder
-        self._temporal_ratio = temporal_ratio
+    def __init__(self, networks: Networks) -> None:
+        self._networks = networks
+        encoder, decoder = networks.encoder, networks.decoder
         self._body = () if encoder is None else encoder.body()
         self._tail = () if decoder is None else decoder.tail()
         self.encoder_stages = tuple(stage.geometry for stage in self._body)
@@ -56,22 +59,25 @@ class TorchEngine:
         return quant_conv(torch.cat(moments, dim=2))
 
     def head_work(self, lat_height: int, lat_width: int) -> int:
-        return 0 if self._decoder is None else self._decoder.head_work(lat_height, lat_width)
+        decoder = self._networks.decoder
+        return 0 if decoder is None else decoder.head_work(lat_height, lat_width)
 
     def _decoder_parts(self) -> tuple[CausalConv3d, Decoder]:
-        if self._decoder is None or self._post_quant_conv is None:
+        post_quant_conv, decoder = self._networks.post_quant_conv, self._networks.decoder
+        if decoder is None or post_quant_conv is None:
             raise ValueError("this VAE was built without its decoder (load_decoder=False), so it cannot decode")
-        return self._post_quant_conv, self._decoder
+        return post_quant_conv, decoder
 
     def _encoder_parts(self) -> tuple[Encoder, CausalConv3d]:
-        if self._encoder is None or self._quant_conv is None:
+        encoder, quant_conv = self._networks.encoder, self._networks.quant_conv
+        if encoder is None or quant_conv is None:
             raise ValueError("this VAE was built without its encoder (load_encoder=False), so it cannot encode")
-        return self._encoder, self._quant_conv
+        return encoder, quant_conv
 
     def _pieces(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """The frames that make one latent frame each: the first alone, then ``temporal_ratio`` at a time."""
         lone, rest = pixels[:, :, :1], pixels[:, :, 1:]
-        return (lone, *rest.split(self._temporal_ratio, dim=2)) if rest.shape[2] else (lone,)
+        return (lone, *rest.split(self._networks.temporal_ratio, dim=2)) if rest.shape[2] else (lone,)
 
     @staticmethod
     def _stream(frames: int) -> FrameCache | None:
