@@ -158,7 +158,7 @@ class ParallelTiledVAE(nn.Module):
             finite.raise_if_not()
         self._announce(decode_plan.choice)
         if isinstance(layout, PatchPlan):
-            return self._together(shard, layout, ranks, latents)
+            return _together(shard, layout, ranks, *self._picture_size(latents))
         picture = self._blend_tiles(ranks.all_gather(shard), layout, shares, *self._picture_size(latents))
         return to_uint8(picture) if as_uint8 else picture.to(latents.dtype)
 
@@ -188,17 +188,11 @@ class ParallelTiledVAE(nn.Module):
                 shard = next(pieces)
                 if step == 1:
                     finite.raise_if_not()
-            frames = self._together(shard, layout, ranks, latents)
+            frames = _together(shard, layout, ranks, *self._picture_size(latents))
             with ranks.agreement(f"frames of latent frame {step} taken"):
                 on_frames(frames)
                 if on_progress:
                     on_progress(step, latents.shape[2])
-
-    def _together(self, shard: Tensor, patches: PatchPlan, ranks: RankGroup, latents: Tensor) -> Tensor:
-        """The picture of an exact decode, from every rank's shard of it."""
-        if len(patches.traces) == 1:
-            return shard
-        return paste(ranks.all_gather(shard), patches.outputs, *self._picture_size(latents))
 
     def _picture_size(self, latents: Tensor) -> tuple[int, int]:
         ratio = self.config.arch_config.spatial_ratio
@@ -269,7 +263,7 @@ class ParallelTiledVAE(nn.Module):
             patches = self._encode_plans.get(self.config, key, lambda: planner.patches(ranks.size, budget))
             shard = encode_window(self.engine, pixels, planner.lat_frames, patches, ranks.rank, on_progress)
             finite.raise_if_not()
-        features = paste(ranks.all_gather(shard), patches.outputs, *planner.lat_size)
+        features = _together(shard, patches, ranks, *planner.lat_size)
         with ranks.agreement(asked):
             return Posterior.from_moments(self.engine.encode_features(features))
 
@@ -306,6 +300,13 @@ class ParallelTiledVAE(nn.Module):
 def _own_trace(patches: PatchPlan, ranks: RankGroup) -> tuple[Window, ...]:
     """This rank's window of an exact decode; where all decode alone there is one for all."""
     return patches.traces[ranks.rank if len(patches.traces) > 1 else 0]
+
+
+def _together(shard: Tensor, patches: PatchPlan, ranks: RankGroup, height: int, width: int) -> Tensor:
+    """The whole, from every rank's shard of it; a lone window is the whole, and nothing travels."""
+    if len(patches.traces) == 1:
+        return shard
+    return paste(ranks.all_gather(shard), patches.outputs, height, width)
 
 
 def _shape_of(value: object) -> str:
