@@ -11,7 +11,6 @@ each operand once, at that of a large copy, whichever takes longer.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paravae import AutoencoderKLQwenImage, QwenImageVAEArchConfig, QwenImageVAEConfig
+from paravae.launch import bench_report
+from paravae.launch.bench_cases import pixel_size
 from paravae.launch.bench_timing import call_ms, machine_rates
 from paravae.launch.machine import describe
 from paravae.layers.attention import wide_attention
@@ -231,11 +232,13 @@ def _median_ms(call: Callable[[], object], device: torch.device) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="1024x1024", help="width x height in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=pixel_size, default="1024x1024", help="width x height in pixels (default: %(default)s)"
+    )
     parser.add_argument("--base-dim", type=int, default=96, help="default: 96, the published model")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
-    width, height = (int(side) for side in args.size.split("x"))
+    width, height = args.size
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16
     rates = machine_rates(device)
@@ -243,13 +246,12 @@ def main() -> None:
     with torch.no_grad():
         rows = [measure(part, count, rates, dtype, device) for part, count in found.items()]
     rows.sort(key=lambda row: -row["count"] * row["ms"])
-    report = {
-        "what": f"the parts of one fast decode, {args.size}, base_dim {args.base_dim}, bfloat16",
+    head = {
+        "what": f"the parts of one fast decode, {width}x{height}, base_dim {args.base_dim}, bfloat16",
         "machine": describe(1),
         "rates": rates,
-        "rows": rows,
     }
-    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    bench_report.write(args.output, head, rows)
     for row in rows:
         print(f"{row['count']:3d} x {row['ms']:8.4f} ms, {row['share_of_floor']:4.0%} of what is possible: "
               f"{row['part']} {list(row['shape'])} -> {row['out_channels']} {' '.join(row['options'])}")  # fmt: skip

@@ -109,9 +109,8 @@ def tiling() -> str:
 NAMES = {"paravae": "paravae", "diffusers": "diffusers", "compile": "torch.compile", "sglang": "SGLang"}
 
 
-def load_single_gpu() -> dict[str, Any] | None:
-    """The report of benchmarks/single_gpu.py, None if there is none."""
-    return load("single_gpu") if (RESULTS / "single_gpu.json").is_file() else None
+def load_if_there(name: str) -> dict[str, Any] | None:
+    return load(name) if (RESULTS / f"{name}.json").is_file() else None
 
 
 def by_case(report: dict[str, Any], what: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -126,7 +125,7 @@ def by_case(report: dict[str, Any], what: str) -> dict[str, dict[str, dict[str, 
 
 def single_gpu(what: str) -> str | None:
     """A line a size: everyone's time, how many times as long as paravae's, and memory."""
-    report = load_single_gpu()
+    report = load_if_there("single_gpu")
     if report is None:
         return None
     who = list(report["contestants"])
@@ -145,7 +144,7 @@ def single_gpu(what: str) -> str | None:
 
 def single_gpu_all() -> str | None:
     """A line for each contestant of each case: times, errors, memory, and shares of the machine's rates."""
-    report = load_single_gpu()
+    report = load_if_there("single_gpu")
     if report is None:
         return None
     rates, rows = report["rates"], []
@@ -185,9 +184,9 @@ def _figure(found: dict[str, dict[str, Any]], who: str, name: str, form: str) ->
 
 def single_gpu_compile() -> str | None:
     """diffusers' class as torch.compile makes it, in a run of its own: it takes minutes for each shape."""
-    if not (RESULTS / "single_gpu_compile.json").is_file():
+    report = load_if_there("single_gpu_compile")
+    if report is None:
         return None
-    report = load("single_gpu_compile")
     rows = [
         [f"{what} {case}", *(_figure(found, who, "ms", "{:.1f}") for who in report["contestants"])]
         for what in ("decode", "encode")
@@ -199,9 +198,9 @@ def single_gpu_compile() -> str | None:
 
 def parts() -> str | None:
     """A line for each part of a decode: how often, how long, how near to what the machine can do."""
-    if not (RESULTS / "parts.json").is_file():
+    report = load_if_there("parts")
+    if report is None:
         return None
-    report = load("parts")
     rows = [
         [
             " ".join([row["part"], *row["options"]]),
@@ -245,7 +244,7 @@ def render(text: str) -> str:
 
 def plot() -> None:
     """Draw docs/single_gpu.png."""
-    report = load_single_gpu()
+    report = load_if_there("single_gpu")
     if report is None:
         raise SystemExit(f"{RESULTS / 'single_gpu.json'} does not exist; python -m benchmarks.single_gpu makes it")
     from benchmarks.plot import draw  # matplotlib: tables need not wait for it
