@@ -1,4 +1,4 @@
-"""Fused operations: each a Triton kernel, a plain PyTorch reference of the same signature, and which of them runs."""
+"""Fused operations: each its kernels, a plain PyTorch reference of the same signature, and which of them runs."""
 
 from paravae.layers.dispatch import fallbacks, references_only
 
