@@ -106,11 +106,11 @@ def fused_ops_noted(found: Counter[Part]) -> Iterator[None]:
         found[Part("fused_conv", tuple(x.shape), x.shape[-1], words, flops, passes * x.numel())] += 1
         return residual if gamma is None and residual is not None else torch.empty_like(x)
 
-    def attention(qkv: Tensor) -> Tensor:
-        images, tokens, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        flops = 4 * images * tokens**2 * channels
-        found[Part("wide_attention", tuple(qkv.shape), channels, (), flops, qkv.numel() * 4 // 3)] += 1
-        return qkv.new_empty((images, tokens, channels))
+    def attention(query: Tensor, keys_values: Tensor) -> Tensor:
+        tokens, shape = keys_values.shape[1], tuple(query.shape)
+        flops, values = 4 * query.numel() * tokens, 2 * query.numel() + keys_values.numel()
+        found[Part("wide_attention", shape, shape[-1], (f"{tokens} tokens",), flops, values)] += 1
+        return query.new_empty(shape)
 
     def pixels(x: Tensor, residual: Any, *rest: Any, as_uint8: bool = False) -> Tensor:
         words = ("residual",) * (residual is not None)
@@ -166,7 +166,8 @@ def calls_of(
     x, wide = draw(*part.shape), torch.float32
     channels = part.shape[-1]
     if part.name == "wide_attention":
-        return lambda: wide_attention(x), lambda: wide_attention.reference(x)
+        keys_values = draw(part.shape[0], int(part.options[0].split()[0]), 2 * channels)
+        return lambda: wide_attention(x, keys_values), lambda: wide_attention.reference(x, keys_values)
     residual = draw(*part.shape) if "residual" in part.options else None
 
     def taken() -> Tensor | None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paravae.layers import hopper_attention
+from paravae.layers import hopper, hopper_attention
 from paravae.layers.attention import by_cuda, by_triton, wide_attention
 from paravae.layers.dispatch import references_only
 from paravae.layers.hopper_attention import CHANNELS, plan
@@ -23,10 +23,10 @@ ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == 
 TILE, KEYS, BOX = 128, 64, 64 * 128
 
 
-def truth_of(qkv: Tensor, rows: Tensor) -> Tensor:
-    """[N, rows, C] in fp64, of these rows alone."""
-    query, key, value = qkv.double().chunk(3, dim=-1)
-    return torch.softmax(query[:, rows] @ key.mT * CHANNELS**-0.5, -1) @ value
+def truth_of(query: Tensor, keys_values: Tensor, rows: Tensor) -> Tensor:
+    """[N, rows, C] in fp64, of these queries alone."""
+    key, value = keys_values.double().chunk(2, dim=-1)
+    return torch.softmax(query[:, rows].double() @ key.mT * CHANNELS**-0.5, -1) @ value
 
 
 def pieces(block: int, grid: int, waves: int, tiles: int, blocks: int) -> list[tuple[int, int, int, int]]:
@@ -43,10 +43,10 @@ def pieces(block: int, grid: int, waves: int, tiles: int, blocks: int) -> list[t
     raise AssertionError("its pieces do not end")
 
 
-@given(st.integers(1, 3), st.integers(1, 30_000), st.sampled_from([1, 7, 114, 132]))
-def test_plan_covers_every_block_of_keys_once(images: int, tokens: int, most: int) -> None:
-    tiles, blocks = images * -(-tokens // TILE), -(-tokens // KEYS)
-    grid, waves = plan(images, tokens, most)
+@given(st.integers(1, 3), st.integers(1, 30_000), st.integers(1, 30_000), st.sampled_from([1, 7, 114, 132]))
+def test_plan_covers_every_block_of_keys_once(images: int, queries: int, tokens: int, most: int) -> None:
+    tiles, blocks = images * -(-queries // TILE), -(-tokens // KEYS)
+    grid, waves = plan(images, queries, tokens, most)
     assert 1 <= grid <= most
     assert waves * grid <= tiles
     length, longer = divmod((tiles - waves * grid) * blocks, grid)
@@ -70,29 +70,35 @@ def test_plan_covers_every_block_of_keys_once(images: int, tokens: int, most: in
 
 
 def test_plan_at_sizes_in_use() -> None:
-    assert plan(1, 128 * 128, 132) == (128, 1)  # 1024 x 1024 pixels: whole tiles
-    assert plan(1, 64 * 64, 132) == (128, 0)  # 32 tiles, each in four
-    assert plan(1, 166 * 166, 132) == (132, 1)
-    assert plan(1, 1, 132) == (1, 1)
+    def square(side: int) -> tuple[int, int]:
+        return plan(1, side**2, side**2, 132)
+
+    assert square(128) == (128, 1)  # 1024 x 1024 pixels: whole tiles
+    assert square(64) == (128, 0)  # 32 tiles, each in four
+    assert square(166) == (132, 1)
+    assert square(1) == (1, 1)
+    assert plan(1, 79 * 79, 128 * 128, 132) == (131, 0)  # a rank's part: 49 tiles
+    assert plan(1, 20, 128 * 128, 132) == (64, 0)  # one tile: more parts would take longer to add up
 
 
 def test_addresses_of_the_kernel() -> None:
     """A tile of attention384.cu in numpy: where the copy engine puts rows, what the matrix instructions read of them,
     and which query, key and channel each thread's registers are."""
-    tokens, first = 200, 128  # the image's second tile: 72 queries, and 8 keys in its last block
-    qkv = noise(2, tokens, 3 * CHANNELS)
-    truth = truth_of(qkv, torch.arange(first, tokens)).numpy()[1]
-    source = np.zeros((first + TILE, 3 * CHANNELS))
-    source[:tokens] = qkv[1].numpy()  # past the image: zeros, not the next one's
+    queries, tokens, first = 210, 200, 128  # the image's second tile: 82 queries, and 8 keys in its last block
+    query, keys_values = noise(2, queries, CHANNELS), noise(2, tokens, 2 * CHANNELS, seed=1)
+    truth = truth_of(query, keys_values, torch.arange(first, queries)).numpy()[1]
+    past = np.zeros((TILE, 2 * CHANNELS))  # past the image: zeros, not the next one's
+    query_rows = np.concatenate([query[1].numpy(), past[:, :CHANNELS]])
+    token_rows = np.concatenate([keys_values[1].numpy(), past])
     memory = np.full((229_376 // 16, 8), np.nan)
 
     def swizzled(address: np.ndarray) -> np.ndarray:
         return (address ^ (address >> 7 & 7) << 4) // 16
 
-    def load(to: int, part: int, token: int) -> None:
+    def load(to: int, source: np.ndarray, part: int, row: int) -> None:
         for box in range(2):
             at = np.arange(64)[:, None] * 128 + np.arange(8) * 16
-            values = source[token : token + 64, part * 128 + box * 64 :][:, :64]
+            values = source[row : row + 64, part * 128 + box * 64 :][:, :64]
             memory[swizzled(to + box * BOX + at)] = values.reshape(64, 8, 8)
 
     def k_major(start: int) -> np.ndarray:
@@ -108,19 +114,19 @@ def test_addresses_of_the_kernel() -> None:
         )
 
     for i in range(6):
-        load(i * 2 * BOX, i % 3, first + i // 3 * 64)
-    found = np.full((tokens - first, CHANNELS), np.nan)
+        load(i * 2 * BOX, query_rows, i % 3, first + i // 3 * 64)
+    found = np.full((queries - first, CHANNELS), np.nan)
     for group in range(2):
-        queries = group * 6 * BOX
+        own = group * 6 * BOX
         sums, weights = np.zeros((64, CHANNELS)), np.zeros(64)
         for block in range(-(-tokens // KEYS)):
             slots = [12 * BOX + (block * 6 + part) % 8 * 2 * BOX for part in range(6)]
             for part in range(6):
-                load(slots[part], 3 + part, block * KEYS)
+                load(slots[part], token_rows, part, block * KEYS)
             scores = np.zeros((64, KEYS))
             for part in range(3):
                 for i in range(8):
-                    q = k_major(queries + (part * 2 + i // 4) * BOX + i % 4 * 32)
+                    q = k_major(own + (part * 2 + i // 4) * BOX + i % 4 * 32)
                     scores += q @ k_major(slots[part] + i // 4 * BOX + i % 4 * 32).T
             p = np.zeros((4, 64, 16))  # as the second product's operand: 16 keys at a time
             for thread in range(128):
@@ -136,43 +142,56 @@ def test_addresses_of_the_kernel() -> None:
                 for i in range(4):
                     sums[:, part * 128 :][:, :128] += p[i] @ mn_major(slots[3 + part] + i * 16 * 128)
         rows = group * 64 + np.arange(64)
-        found[rows[rows < tokens - first]] = (sums / weights[:, None])[rows < tokens - first]
+        found[rows[rows < queries - first]] = (sums / weights[:, None])[rows < queries - first]
     np.testing.assert_allclose(found, truth, atol=1e-5)
 
 
 def test_what_the_kernel_does_not_take() -> None:
-    def of(channels: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.zeros(1, 4, 3 * channels, dtype=dtype)
+    def reason(channels: int, dtype: torch.dtype = torch.bfloat16) -> str:
+        query, keys_values = torch.zeros(1, 4, channels, dtype=dtype), torch.zeros(1, 9, 2 * channels, dtype=dtype)
+        return str(hopper_attention.unfit(query, keys_values))
 
-    assert "384 channels, not 256" in str(hopper_attention.unfit(of(256)))
-    assert "float16 and bfloat16" in str(hopper_attention.unfit(of(384, torch.float32)))
-    assert "Hopper" in str(hopper_attention.unfit(of(384)))
+    assert "384 channels, not 256" in reason(256)
+    assert "float16 and bfloat16" in reason(384, torch.float32)
+    assert "Hopper" in reason(384)
+
+
+def test_what_is_copied_for_the_copy_engine() -> None:
+    """Only what it cannot fetch: rows that do not begin at multiples of 16 bytes, or are not whole."""
+    x = noise(2, 6, 24, dtype=torch.float16)
+    for view in (x, x[..., :8], x[:, 1:4, 8:], x[1:], x[:, ::2], x[:, :1]):
+        assert hopper.fetchable(view) is view
+    odd = [x[..., 4:12], x[..., ::2], x.mT, x.view(2, 12, 12)[..., :8], x[:1, :1].expand(2, 3, 24)]
+    for view in (*odd, x.view(1, -1)[:, 1:2].as_strided((1, 1, 8), (3, 3, 1))):
+        copy = hopper.fetchable(view)
+        assert torch.equal(copy, view)
+        assert copy.stride() == torch.empty(view.shape).stride()
 
 
 def test_each_kernel_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     went: list[str] = []
 
     def kernel(name: str, fails: bool) -> object:
-        def run(qkv: Tensor) -> Tensor:
+        def run(query: Tensor, keys_values: Tensor) -> Tensor:
             went.append(name)
             if fails:
                 raise RuntimeError("it does not compile")
-            return qkv[..., : qkv.shape[-1] // 3]
+            return query
 
         return run
 
-    qkv = torch.zeros(1, 4, 3 * CHANNELS, dtype=torch.bfloat16)
-    monkeypatch.setattr(hopper_attention, "unfit", lambda qkv: None)
-    monkeypatch.setattr(by_cuda, "_unfit", lambda qkv: None)
+    query, keys_values = torch.zeros(1, 4, 3 * CHANNELS, dtype=torch.bfloat16).tensor_split((CHANNELS,), dim=-1)
+    monkeypatch.setattr(hopper_attention, "unfit", lambda query, keys_values: None)
+    monkeypatch.setattr(by_cuda, "_unfit", lambda query, keys_values: None)
     monkeypatch.setattr(by_cuda, "_broken", None)
     monkeypatch.setattr(by_cuda, "kernel", kernel("CUDA", fails=True))
-    monkeypatch.setattr(by_triton, "_reason", lambda qkv: None)
+    monkeypatch.setattr(by_triton, "_reason", lambda query, keys_values: None)
     monkeypatch.setattr(by_triton, "kernel", kernel("Triton", fails=False))
     for _ in range(2):
-        assert wide_attention(qkv).shape == (1, 4, CHANNELS)
+        assert wide_attention(query, keys_values).shape == (1, 4, CHANNELS)
     assert went == ["CUDA", "Triton", "Triton"]
     with references_only():
-        wide_attention(qkv)
+        wide_attention(query, keys_values)
     assert len(went) == 3
 
 
@@ -181,25 +200,34 @@ def test_each_kernel_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("scale", [1, 3], ids=["flat", "peaked"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
-    ("images", "tokens"),
-    [(1, 1), (1, 63), (1, 64), (1, 129), (3, 129), (2, 1000), (1, 4096), (1, 16384), (1, 166 * 166)],
+    ("images", "queries", "tokens"),
+    [
+        *((1, size, size) for size in (1, 63, 64, 129, 4096, 16384, 166 * 166)),
+        *((3, 129, 129), (2, 1000, 1000)),
+        *((1, 1, 16384), (1, 20, 16384), (1, 79 * 79, 16384), (3, 300, 1000)),  # fewer queries
+        *((1, 1000, 1), (1, 16384, 20), (3, 1000, 300)),  # more
+    ],
 )
-def test_kernel(images: int, tokens: int, dtype: torch.dtype, scale: int) -> None:
-    """As near to fp64 as PyTorch's own, the same at every repetition, nothing left unwritten."""
-    qkv = noise(images, tokens, 3 * CHANNELS, device="cuda", seed=tokens)
+def test_kernel(images: int, queries: int, tokens: int, dtype: torch.dtype, scale: int) -> None:
+    """As near to fp64 as PyTorch's own, the same at every repetition, nothing left unwritten; on views of a matrix
+    whose other rows, not a number, it must not meet."""
+    qkv = noise(images, max(queries, tokens), 3 * CHANNELS, device="cuda", seed=tokens)
     qkv[..., : 2 * CHANNELS] *= scale
     qkv = qkv.to(dtype)
-    rows = torch.arange(tokens, device="cuda")
-    rows = torch.cat([rows[:: tokens // 500 + 1], rows[-200:]])
-    truth = truth_of(qkv, rows)
-    reference = F.scaled_dot_product_attention(*(part.contiguous() for part in qkv[:, None].chunk(3, dim=-1)))[:, 0]
-    assert hopper_attention.unfit(qkv) is None
+    qkv[:, queries:, :CHANNELS] = qkv[:, tokens:, CHANNELS:] = torch.nan
+    query, keys_values = qkv[:, :queries, :CHANNELS], qkv[:, :tokens, CHANNELS:]
+    rows = torch.arange(queries, device="cuda")
+    rows = torch.cat([rows[:: queries // 500 + 1], rows[-200:]])
+    truth = truth_of(query, keys_values, rows)
+    parts = query, *keys_values.chunk(2, dim=-1)
+    reference = F.scaled_dot_product_attention(*(part[:, None].contiguous() for part in parts))[:, 0]
+    assert hopper_attention.unfit(query, keys_values) is None
     seen: list[Tensor] = []
     for _ in range(3):
-        poison = [torch.full((images, tokens, CHANNELS), torch.nan, dtype=dtype, device="cuda")]
+        poison = [torch.full((images, queries, CHANNELS), torch.nan, dtype=dtype, device="cuda")]
         poison.append(torch.full((2 * 132, TILE, CHANNELS), torch.nan, device="cuda"))
         del poison  # their memory is what the result and the sums of parts will be written to
-        out = by_cuda.kernel(qkv)
+        out = by_cuda.kernel(query, keys_values)
         assert out.isfinite().all()
         rounding = torch.finfo(dtype).eps / 2 * float(truth.abs().max())
         assert rms_error(out[:, rows], truth) <= 1.15 * rms_error(reference[:, rows], truth)

@@ -10,12 +10,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paravae.layers import upsample
+from paravae.layers import hopper, upsample
 from paravae.layers.attention import by_triton, wide_attention
 from paravae.layers.norm_silu import merged, norm_silu
 from paravae.layers.to_pixels import tap_columns, to_pixels
@@ -119,31 +118,72 @@ def test_merged_dimensions_reach_every_pixel(shape: list[int], channels: int, ga
     assert len(found) <= 4 - (gaps.count(False) == len(gaps)) * 3 or 1 in shape
 
 
+def query_and_keys_values(
+    seed: int, images: int, queries: int, tokens: int, channels: int, dtype: torch.dtype, layout: str = "views"
+) -> tuple[Tensor, Tensor]:
+    """``views`` of one matrix, as the networks have them; ``odd`` ones, whose rows no copy engine takes; ``dense``."""
+    qkv = draw(seed, images, max(queries, tokens), 3 * channels + (layout == "odd"), dtype=dtype)
+    query, keys_values = qkv[:, :queries, :channels], qkv[:, :tokens, -2 * channels :]
+    return (query.contiguous(), keys_values.contiguous()) if layout == "dense" else (query, keys_values)
+
+
+def attention_of(query: Tensor, keys_values: Tensor) -> Tensor:
+    key, value = keys_values.chunk(2, dim=-1)
+    return torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, -1) @ value
+
+
 @few
 @given(
     st.integers(1, 2),
     st.integers(1, 70),
+    st.integers(1, 70),
     st.sampled_from([16, 32, 48, 64]),
     DOT_DTYPES.filter(lambda dtype: DEVICE == "cpu" or dtype != torch.float32),
+    st.sampled_from(["views", "odd", "dense"]),
     st.integers(0, 99),
 )
-def test_wide_attention(images: int, tokens: int, channels: int, dtype: torch.dtype, seed: int) -> None:
-    qkv = 2 * draw(seed, images, tokens, 3 * channels, dtype=dtype)
-    assert wide_attention._unfit(qkv) is None
-    query, key, value = (part[:, None] for part in qkv.double().chunk(3, dim=-1))
-    truth = F.scaled_dot_product_attention(query, key, value)[:, 0]
-    assert_as_good(wide_attention.kernel(qkv), wide_attention.reference(qkv), truth)
+@example(2, 1, 70, 48, torch.float16, "views", 0)
+@example(2, 70, 33, 48, torch.float16, "views", 1)
+@example(2, 40, 40, 48, torch.float16, "views", 2)
+@example(1, 1, 1, 16, torch.float16, "odd", 3)
+def test_wide_attention(
+    images: int, queries: int, tokens: int, channels: int, dtype: torch.dtype, layout: str, seed: int
+) -> None:
+    query, keys_values = query_and_keys_values(seed, images, queries, tokens, channels, dtype, layout)
+    query *= 4  # peaks
+    assert wide_attention._unfit(query, keys_values) is None
+    truth = attention_of(query.double(), keys_values.double())
+    kernel, reference = wide_attention.kernel(query, keys_values), wide_attention.reference(query, keys_values)
+    assert kernel.is_contiguous()
+    assert reference.is_contiguous()
+    assert_as_good(kernel, reference, truth)
+    assert max_error(wide_attention.reference(query.double(), keys_values.double()), truth) <= 1e-12
+
+
+@pytest.mark.parametrize("layout", ["views", "odd"])
+@pytest.mark.parametrize("images", [1, 2])
+def test_wide_attention_reads_views_where_they_are(layout: str, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, keys_values = query_and_keys_values(0, images, 40, 40, 384, torch.float16, layout)
+    read: list[Tensor] = []
+    fetchable = hopper.fetchable
+    monkeypatch.setattr(hopper, "fetchable", lambda x: read.append(fetchable(x)) or read[-1])
+    for op in (wide_attention, by_triton):
+        op.kernel(query, keys_values)
+        in_place = [x.data_ptr() == given.data_ptr() for x, given in zip(read, (query, keys_values), strict=True)]
+        assert in_place == [layout == "views"] * 2
+        read.clear()
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("tokens", [1, 63, 1000, 116 * 208])
-def test_wide_attention_at_full_width(tokens: int) -> None:
-    qkv = draw(0, 1, tokens, 3 * 384, dtype=torch.bfloat16)
-    query, key, value = (part[:, None] for part in qkv.float().chunk(3, dim=-1))
-    truth = F.scaled_dot_product_attention(query, key, value)[:, 0]
+@pytest.mark.parametrize(
+    ("queries", "tokens"), [(1, 1), (63, 63), (1000, 1000), (116 * 208, 116 * 208), (20, 16384), (6241, 16384)]
+)
+def test_wide_attention_at_full_width(queries: int, tokens: int) -> None:
+    query, keys_values = query_and_keys_values(0, 1, queries, tokens, 384, torch.bfloat16)
+    truth = attention_of(query.float(), keys_values.float())
     for op in (wide_attention, by_triton):
-        assert op._reason(qkv) is None
-        assert_as_good(op.kernel(qkv), op.reference(qkv), truth)
+        assert op._reason(query, keys_values) is None
+        assert_as_good(op.kernel(query, keys_values), op.reference(query, keys_values), truth)
 
 
 @few

@@ -1,4 +1,7 @@
-"""Attention with one wide head: all positions of a frame attend to all, head dim 384 in the published model.
+"""Attention with one wide head: positions of a frame attend to all of it, head dim 384 in the published model.
+
+Queries come apart from keys and values, so that a rank can attend for its part of them. On one GPU both are views of
+one matrix product's result, which are read where they are: rows may be any multiple of 16 bytes apart.
 
 The usual kernels stop at head dim 256, which leaves PyTorch with one that runs at a fifth of the GPU's rate. These
 are flash attention (Dao et al. 2022: softmax rescaled as blocks of keys come by, so no score matrix). The one for
@@ -14,29 +17,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paravae.layers import hopper_attention
+from paravae.layers import hopper, hopper_attention
 from paravae.layers.dispatch import FusedOp, jit, split_channels, tl, triton
 
 _BLOCK_QUERIES, _BLOCK_KEYS, _WARPS, _STAGES = 64, 32, 4, 3  # the fastest of a sweep on an H200: 425 TFLOP/s
 _MOST_CHANNELS = 384  # queries and three stages of keys and values in 227 KiB of shared memory
 
 
-def _reference(qkv: Tensor) -> Tensor:
-    """Softmax(Q K^T / sqrt(C)) V, accumulated in fp32 or better: [N, tokens, 3 C] -> [N, tokens, C].
+def _reference(query: Tensor, keys_values: Tensor) -> Tensor:
+    """Softmax(Q K^T / sqrt(C)) V, accumulated in fp32 or better: [N, queries, C] -> [N, queries, C], contiguous.
 
-    ``qkv``: queries, keys and values of each token side by side.
+    ``keys_values``: [N, tokens, 2 C], the key and then the value of each token side by side.
     """
-    query, key, value = qkv[:, None].chunk(3, dim=-1)
-    return F.scaled_dot_product_attention(query.contiguous(), key.contiguous(), value.contiguous())[:, 0]
+    # A lone token counts as contiguous at any address, but PyTorch's kernels fail at odd ones: fetchable's copies help.
+    parts = (query, *keys_values.chunk(2, dim=-1))
+    query, key, value = (hopper.fetchable(part[:, None].contiguous()) for part in parts)
+    return F.scaled_dot_product_attention(query, key, value)[:, 0].contiguous()
 
 
 @jit
 def wide_attention_kernel(
-    query1,  # descriptors of qkv as [N tokens, 3 C], in blocks of queries ...
+    query1,  # descriptors of the queries, [N queries, C] ...
     query2,
-    key1,  # ... and of keys and values; 1: the first D1 channels of the head, 2: the D2 after them
+    key1,  # ... and of keys and values, [N tokens, 2 C]; 1: the first D1 channels of the head, 2: the D2 after them
     key2,
-    out_ptr,  # [N tokens, C]
+    out_ptr,  # [N queries, C]
+    queries,
     tokens,
     scale,  # 1 / sqrt(C), in powers of two
     C: tl.constexpr,
@@ -46,19 +52,20 @@ def wide_attention_kernel(
     BLOCK_N: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_M
+    image_queries = tl.program_id(1) * queries  # where the image begins
     image = tl.program_id(1) * tokens
-    q1 = query1.load([image + first, 0])
+    q1 = query1.load([image_queries + first, 0])
     out1 = tl.zeros((BLOCK_M, D1), tl.float32)
     if D2:
-        q2 = query2.load([image + first, D1])
+        q2 = query2.load([image_queries + first, D1])
         out2 = tl.zeros((BLOCK_M, D2), tl.float32)
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     weight = tl.zeros((BLOCK_M,), tl.float32)
     for n in tl.range(0, tokens, BLOCK_N):
         # All keys before the first product, all values before the second: the order costs a tenth otherwise.
-        k1 = key1.load([image + n, C])
+        k1 = key1.load([image + n, 0])
         if D2:
-            k2 = key2.load([image + n, C + D1])
+            k2 = key2.load([image + n, D1])
         scores = tl.dot(q1, k1.T)
         if D2:
             scores = tl.dot(q2, k2.T, scores)
@@ -70,15 +77,15 @@ def wide_attention_kernel(
         weight = weight * rescale + tl.sum(p, 1)
         largest = new_largest
         p = p.to(q1.dtype)
-        v1 = key1.load([image + n, 2 * C])
+        v1 = key1.load([image + n, C])
         if D2:
-            v2 = key2.load([image + n, 2 * C + D1])
+            v2 = key2.load([image + n, C + D1])
         out1 = tl.dot(p, v1, out1 * rescale[:, None])
         if D2:
             out2 = tl.dot(p, v2, out2 * rescale[:, None])
-    token = first + tl.arange(0, BLOCK_M)
-    at = (image + token).to(tl.int64)[:, None] * C
-    keep = (token < tokens)[:, None]
+    query = first + tl.arange(0, BLOCK_M)
+    at = (image_queries + query).to(tl.int64)[:, None] * C
+    keep = (query < queries)[:, None]
     share = 1.0 / weight[:, None]
     tl.store(out_ptr + at + tl.arange(0, D1)[None, :], (out1 * share).to(out_ptr.dtype.element_ty), mask=keep)
     if D2:
@@ -86,39 +93,37 @@ def wide_attention_kernel(
         tl.store(out_ptr + at2, (out2 * share).to(out_ptr.dtype.element_ty), mask=keep)
 
 
-def _unfit_for_triton(qkv: Tensor) -> str | None:
-    channels = qkv.shape[-1] // 3
+def _unfit_for_triton(query: Tensor, keys_values: Tensor) -> str | None:
+    images, queries, channels = query.shape
     first, second = split_channels(channels)
     if first + second != channels or min(first, second or first) < 16 or channels > _MOST_CHANNELS:
         return f"the kernel takes a head of one or two powers of two from 16 to {_MOST_CHANNELS}, not {channels}"
-    if qkv.dtype == torch.float32 and qkv.is_cuda:
+    if query.dtype == torch.float32 and query.is_cuda:
         return "the kernel takes float16 and bfloat16"
-    if qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) < (9, 0):
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (9, 0):
         return "the kernel needs compute capability 9.0 (Hopper) or newer"
-    if qkv.shape[0] * qkv.shape[1] >= 2**31:
-        return f"{list(qkv.shape)} has too many tokens"
+    if images * max(queries, keys_values.shape[1]) >= 2**31:
+        return f"{list(query.shape)} and {list(keys_values.shape)} have too many tokens"
     return None
 
 
-def _launch_triton(qkv: Tensor) -> Tensor:
+def _launch_triton(query: Tensor, keys_values: Tensor) -> Tensor:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    images, tokens, channels3 = qkv.shape
-    channels = channels3 // 3
+    images, queries, channels = query.shape
     first, second = split_channels(channels)
-    flat = qkv.contiguous().view(images * tokens, channels3)
 
-    def blocks(rows: int, channels: int) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(flat, [rows, channels or first])
+    def blocks(x: Tensor, rows: int) -> list[TensorDescriptor]:
+        flat = hopper.fetchable(x.flatten(0, 1))  # a view, if all rows are equally far apart
+        return [TensorDescriptor.from_tensor(flat, [rows, width]) for width in (first, second or first)]
 
-    out = torch.empty((images, tokens, channels), dtype=qkv.dtype, device=qkv.device)
-    wide_attention_kernel[(triton.cdiv(tokens, _BLOCK_QUERIES), images)](
-        blocks(_BLOCK_QUERIES, first),
-        blocks(_BLOCK_QUERIES, second),
-        blocks(_BLOCK_KEYS, first),
-        blocks(_BLOCK_KEYS, second),
+    out = query.new_empty((images, queries, channels))
+    wide_attention_kernel[(triton.cdiv(queries, _BLOCK_QUERIES), images)](
+        *blocks(query, _BLOCK_QUERIES),
+        *blocks(keys_values, _BLOCK_KEYS),
         out,
-        tokens,
+        queries,
+        keys_values.shape[1],
         channels**-0.5 * math.log2(math.e),
         C=channels,
         D1=first,
@@ -142,14 +147,14 @@ by_cuda = FusedOp(
 )
 
 
-def _unfit(qkv: Tensor) -> str | None:
-    return hopper_attention.unfit(qkv) and by_triton._reason(qkv)
+def _unfit(query: Tensor, keys_values: Tensor) -> str | None:
+    return hopper_attention.unfit(query, keys_values) and by_triton._reason(query, keys_values)
 
 
-def _launch(qkv: Tensor) -> Tensor:
-    if hopper_attention.unfit(qkv) is None:
-        return by_cuda(qkv)  # or by Triton, if that fails
-    return by_triton.kernel(qkv)
+def _launch(query: Tensor, keys_values: Tensor) -> Tensor:
+    if hopper_attention.unfit(query, keys_values) is None:
+        return by_cuda(query, keys_values)  # or by Triton, if that fails
+    return by_triton.kernel(query, keys_values)
 
 
 wide_attention = FusedOp("wide_attention", _reference, _launch, _unfit, triton=False)

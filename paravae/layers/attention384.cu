@@ -23,7 +23,8 @@ constexpr u32 BOX = 64 * 128, SLOT = 2 * BOX;
 constexpr u32 Q_BYTES = TILE * C * 2;
 constexpr u32 AT_RING = Q_BYTES;  // before it the queries: 6 boxes of the first warpgroup, 6 of the second
 constexpr u32 AT_MAP = AT_RING + RING * SLOT;
-constexpr u32 AT_FULL = AT_MAP + 128;         // mbarriers: slot loaded
+constexpr u32 MAP = 128;                      // two: of the queries, of keys and values
+constexpr u32 AT_FULL = AT_MAP + 2 * MAP;     // mbarriers: slot loaded
 constexpr u32 AT_EMPTY = AT_FULL + RING * 8;  // slot used up
 constexpr u32 AT_Q_FULL = AT_EMPTY + RING * 8, AT_Q_EMPTY = AT_Q_FULL + 8;
 constexpr u32 SHARED = AT_Q_EMPTY + 8;
@@ -65,6 +66,9 @@ __device__ __forceinline__ u64 swizzled(u32 address, u32 between_boxes) {
 
 // ---- what a block computes
 
+// Of so many rows, the last block in part. Unsigned, for a shift: a signed division costs a register too many.
+__device__ __forceinline__ int count_of(int rows, u32 block) { return (rows + block - 1) / block; }
+
 // The runs: the first `longer` ones have a key block more.
 struct Runs {
     int blocks, length, longer;  // blocks: of a tile
@@ -96,39 +100,40 @@ struct Piece {
     __device__ __forceinline__ bool some() const { return first < last; }
 };
 
-// ---- loading: qkv [N, tokens, 3 C] -> queries and ring
+// ---- loading: query [N, queries, C], keys_values [N, tokens, 2 C] -> queries and ring
 
-// Two boxes, side by side: 64 tokens x 128 channels, the `part`th; what lies past the image's last token becomes zero.
-__device__ __forceinline__ void load(u32 to, u64 map, int part, int token, int image, u32 bar) {
+// Two boxes, side by side: 64 rows x 128 channels, the `part`th; what lies past the image's last row becomes zero.
+__device__ __forceinline__ void load(u32 to, u64 map, int part, int row, int image, u32 bar) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
-        "l"(map), "r"(0), "r"(token), "r"(part * 2), "r"(image), "r"(bar)
+        "l"(map), "r"(0), "r"(row), "r"(part * 2), "r"(image), "r"(bar)
         : "memory");
 }
 
-// A warp writes the copy engine's description of qkv, as [N, 3 C / 64, tokens, 64], to `map` (128 bytes), by way of
-// shared memory.
-__device__ __forceinline__ void describe(u64 map, u32 shared, const void* qkv, int N, int tokens) {
-    const u32 at = shared + AT_MAP, lane = threadIdx.x & 31;
+// A warp writes the copy engine's description of x [N, rows, channels], as [N, channels / 64, rows, 64], to `map`, by
+// way of shared memory, `at`. Strides are in units of 16 bytes.
+__device__ __forceinline__ void describe(u64 map, u32 at, const void* x, int N, int rows, int channels, int row_stride,
+                                         int image_stride) {
+    const u32 lane = threadIdx.x & 31;
     asm volatile("st.shared.b32 [%0], 0;" ::"r"(at + lane * 4) : "memory");
     __syncwarp();
     if (lane == 0) {
 #define SET(field, size, ...) \
     asm volatile("tensormap.replace.tile." field ".shared::cta.b1024." size " [%0], " __VA_ARGS__ : "memory")
-        SET("global_address", "b64", "%1;" ::"r"(at), "l"(qkv));
+        SET("global_address", "b64", "%1;" ::"r"(at), "l"(x));
         SET("rank", "b32", "3;" ::"r"(at));  // less one
         SET("box_dim", "b32", "0, 64;" ::"r"(at));
         SET("box_dim", "b32", "1, 64;" ::"r"(at));
         SET("box_dim", "b32", "2, 2;" ::"r"(at));
         SET("box_dim", "b32", "3, 1;" ::"r"(at));
         SET("global_dim", "b32", "0, 64;" ::"r"(at));
-        SET("global_dim", "b32", "1, %1;" ::"r"(at), "r"(tokens));
-        SET("global_dim", "b32", "2, %1;" ::"r"(at), "r"(3 * C / 64));
+        SET("global_dim", "b32", "1, %1;" ::"r"(at), "r"(rows));
+        SET("global_dim", "b32", "2, %1;" ::"r"(at), "r"(channels / 64));
         SET("global_dim", "b32", "3, %1;" ::"r"(at), "r"(N));
-        SET("global_stride", "b64", "0, %1;" ::"r"(at), "l"(u64(3 * C * 2)));  // bytes, from the second on
+        SET("global_stride", "b64", "0, %1;" ::"r"(at), "l"(u64(row_stride) * 16));  // bytes, from the second on
         SET("global_stride", "b64", "1, %1;" ::"r"(at), "l"(u64(128)));
-        SET("global_stride", "b64", "2, %1;" ::"r"(at), "l"(u64(tokens) * (3 * C * 2)));
+        SET("global_stride", "b64", "2, %1;" ::"r"(at), "l"(u64(image_stride) * 16));
         SET("element_stride", "b32", "0, 1;" ::"r"(at));
         SET("element_stride", "b32", "1, 1;" ::"r"(at));
         SET("element_stride", "b32", "2, 1;" ::"r"(at));
@@ -141,38 +146,42 @@ __device__ __forceinline__ void describe(u64 map, u32 shared, const void* qkv, i
     }
     __syncwarp();
     asm volatile(
-        "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;"
-        "fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map),
+        "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;" ::"l"(
+            map),
         "r"(at)
         : "memory");
+}
+// By the thread that loads, before it does.
+__device__ __forceinline__ void acquire(u64 map) {
+    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
 }
 
 // The blocks of keys and values in the order that they pass through the ring.
 struct Loader {
     int index = -1, left = 0, token, image;  // left: blocks of the piece from this one on; none: there are no more
-    __device__ __forceinline__ void next(int tokens, int tiles, int blocks, int waves) {
+    __device__ __forceinline__ void next(int queries, int tiles, int blocks, int waves) {
         token += KEYS;
         if (--left > 0) return;
         const Piece piece(++index, tiles, blocks, waves);
         left = piece.last - piece.first;
         token = piece.first * KEYS;
-        image = piece.tile / ((tokens + TILE - 1) / TILE);
+        image = piece.tile / count_of(queries, TILE);
     }
     // Part `part` of 6, the ring's `number`th, once its slot is free.
-    __device__ __forceinline__ void load_part(u64 map, u32 shared, u32 number, int part) const {
+    __device__ __forceinline__ void load_part(u64 maps, u32 shared, u32 number, int part) const {
         if (left <= 0) return;
         const u32 slot = number % RING, full = shared + AT_FULL + slot * 8;
         wait(shared + AT_EMPTY + slot * 8, ~(number / RING) & 1);
         expect(full, SLOT);
-        load(shared + AT_RING + slot * SLOT, map, PARTS + part, token, image, full);
+        load(shared + AT_RING + slot * SLOT, maps + MAP, part, token, image, full);
     }
 };
-__device__ __forceinline__ void load_queries(u64 map, u32 shared, int tile, int tokens) {
-    const int tiles_of_image = (tokens + TILE - 1) / TILE, image = tile / tiles_of_image;
-    const int token = (tile - image * tiles_of_image) * TILE;
+__device__ __forceinline__ void load_queries(u64 maps, u32 shared, int tile, int queries) {
+    const int tiles_of_image = count_of(queries, TILE), image = tile / tiles_of_image;
+    const int first = (tile - image * tiles_of_image) * TILE;
     expect(shared + AT_Q_FULL, Q_BYTES);
     for (int i = 0; i < 2 * PARTS; ++i)
-        load(shared + i * SLOT, map, i % PARTS, token + i / PARTS * 64, image, shared + AT_Q_FULL);
+        load(shared + i * SLOT, maps, i % PARTS, first + i / PARTS * 64, image, shared + AT_Q_FULL);
 }
 
 // ---- what a warpgroup does
@@ -185,11 +194,11 @@ __device__ __forceinline__ void give_turn(int group) {
     asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory");
 }
 
-__device__ __forceinline__ void attend(u64 map, u32 shared, u32* out, float* partial, float2* partial_weight,
-                                       int tokens, int tiles, int blocks, int waves) {
+__device__ __forceinline__ void attend(u64 maps, u32 shared, u32* out, float* partial, float2* partial_weight,
+                                       int queries, int tokens, int tiles, int blocks, int waves) {
     const int group = __shfl_sync(~0u, threadIdx.x >> 7, 0);  // the same in the warp, and known to be
     const int warp = (threadIdx.x >> 5) & 3, lane = threadIdx.x & 31;
-    const u64 queries = swizzled(shared + group * (Q_BYTES / 2), 0);
+    const u64 own = swizzled(shared + group * (Q_BYTES / 2), 0);
     const u64 ring = swizzled(shared + AT_RING, BOX);
 
     u32 count = 0;  // slots used
@@ -201,17 +210,19 @@ __device__ __forceinline__ void attend(u64 map, u32 shared, u32* out, float* par
         if (lane == 0) arrive(shared + AT_EMPTY + number % RING * 8);
         if (loads) {
             const int next = (part + RING) % (2 * PARTS);
-            if (next == 0) loader.next(tokens, tiles, blocks, waves);
-            loader.load_part(map, shared, number + RING, next);
+            if (next == 0) loader.next(queries, tiles, blocks, waves);
+            loader.load_part(maps, shared, number + RING, next);
         }
         __syncwarp();
     };
     if (loads) {
+        acquire(maps), acquire(maps + MAP);
         for (int number = 0; number < RING; ++number) {
             const int part = number % (2 * PARTS);
-            if (part == 0) loader.next(tokens, tiles, blocks, waves);
-            if (number == 0 && loader.left > 0) load_queries(map, shared, Piece(0, tiles, blocks, waves).tile, tokens);
-            loader.load_part(map, shared, number, part);
+            if (part == 0) loader.next(queries, tiles, blocks, waves);
+            if (number == 0 && loader.left > 0)
+                load_queries(maps, shared, Piece(0, tiles, blocks, waves).tile, queries);
+            loader.load_part(maps, shared, number, part);
         }
     }
 
@@ -244,7 +255,7 @@ __device__ __forceinline__ void attend(u64 map, u32 shared, u32* out, float* par
                 mma_fence();
 #pragma unroll
                 for (int i = 0; i < 8; ++i)  // 16 channels, 32 bytes of a row
-                    mma_scores(s, queries + (part * 2 + i / 4) * (BOX / 16) + i % 4 * 2,
+                    mma_scores(s, own + (part * 2 + i / 4) * (BOX / 16) + i % 4 * 2,
                                keys + i / 4 * (BOX / 16) + i % 4 * 2, part | i);
                 mma_commit();
                 if (part == PARTS - 1) give_turn(group);
@@ -257,7 +268,7 @@ __device__ __forceinline__ void attend(u64 map, u32 shared, u32* out, float* par
             if (left == 1 && loads) {
                 const Piece piece(index + 1, tiles, blocks, waves);
                 wait(shared + AT_Q_EMPTY, index & 1);
-                if (piece.some()) load_queries(map, shared, piece.tile, tokens);
+                if (piece.some()) load_queries(maps, shared, piece.tile, queries);
             }
             __syncwarp();
 
@@ -315,17 +326,17 @@ __device__ __forceinline__ void attend(u64 map, u32 shared, u32* out, float* par
         }
 
         const Piece piece(index, tiles, blocks, waves);
-        const int tiles_of_image = (tokens + TILE - 1) / TILE;
+        const int tiles_of_image = count_of(queries, TILE);
         const int image = piece.tile / tiles_of_image;
         const int row = group * 64 + warp * 16 + (lane >> 2);
-        const int token = (piece.tile - image * tiles_of_image) * TILE + row;
+        const int query = (piece.tile - image * tiles_of_image) * TILE + row;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             weight[r] = quad_sum(weight[r]);
-            if (token + 8 * r >= tokens) continue;
+            if (query + 8 * r >= queries) continue;
             if (piece.slot < 0) {
                 const float share = inverse(weight[r]);
-                u32* to = out + (size_t(image) * tokens + token + 8 * r) * (C / 2) + (lane & 3);
+                u32* to = out + (size_t(image) * queries + query + 8 * r) * (C / 2) + (lane & 3);
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part)
 #pragma unroll
@@ -347,16 +358,18 @@ __device__ __forceinline__ void attend(u64 map, u32 shared, u32* out, float* par
     if (group == 0) wait_turn(group);  // the last turn given
 }
 
-// qkv: [N, tokens, 3 C]; out: [N, tokens, C]; partial: fp32 [2 blocks of the grid, TILE, C], sums of weighted values;
-// partial_weight: fp32 [.., TILE, 2], the maximum that they are relative to and the sum of weights; maps: 128 bytes for
+// query: [N, queries, C]; keys_values: [N, tokens, 2 C]; their strides are from row to row and from image to image, in
+// units of 16 bytes. out: [N, queries, C]; partial: fp32 [2 blocks of the grid, TILE, C], sums of weighted values;
+// partial_weight: fp32 [.., TILE, 2], the maximum that they are relative to and the sum of weights; maps: 256 bytes for
 // each block of the grid, to be written here. Tiles times key blocks of an image must be less than 2^31.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    attention384(const void* qkv, u32* out, float* partial, float2* partial_weight, unsigned char* maps, int N,
-                 int tokens, int waves) {
+    attention384(const void* query, const void* keys_values, u32* out, float* partial, float2* partial_weight,
+                 unsigned char* all_maps, int N, int queries, int tokens, int query_stride, int query_image_stride,
+                 int token_stride, int token_image_stride, int waves) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const u32 shared = (u32)__cvta_generic_to_shared(memory);
-    const int tiles = N * ((tokens + TILE - 1) / TILE), blocks = (tokens + KEYS - 1) / KEYS;
-    const u64 map = (u64)maps + blockIdx.x * 128;
+    const int tiles = N * count_of(queries, TILE), blocks = count_of(tokens, KEYS);
+    const u64 maps = (u64)all_maps + blockIdx.x * (2 * MAP);
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < RING; ++i) {
@@ -367,23 +380,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         barrier_init(shared + AT_Q_EMPTY, WARPGROUPS * 4);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if (threadIdx.x >> 5 == 4) describe(map, shared, qkv, N, tokens);
+    const int warp = threadIdx.x >> 5;
+    if (warp == 4) describe(maps, shared + AT_MAP, query, N, queries, C, query_stride, query_image_stride);
+    if (warp == 5)
+        describe(maps + MAP, shared + AT_MAP + MAP, keys_values, N, tokens, 2 * C, token_stride, token_image_stride);
     __syncthreads();
 
-    attend(map, shared, out, partial, partial_weight, tokens, tiles, blocks, waves);
+    attend(maps, shared, out, partial, partial_weight, queries, tokens, tiles, blocks, waves);
 }
 
 // Adds up the tiles in parts; a warp a row, 8 rows a block. partial, partial_weight, out: as above.
 extern "C" __global__ void __launch_bounds__(256)
-    attention384_combine(const float4* partial, const float2* partial_weight, uint2* out, int N, int tokens, int waves,
-                         int grid) {
-    const int tiles_of_image = (tokens + TILE - 1) / TILE, tiles = N * tiles_of_image;
-    const Runs runs(tiles - waves * grid, (tokens + KEYS - 1) / KEYS, grid);
+    attention384_combine(const float4* partial, const float2* partial_weight, uint2* out, int N, int queries,
+                         int tokens, int waves, int grid) {
+    const int tiles_of_image = count_of(queries, TILE), tiles = N * tiles_of_image;
+    const Runs runs(tiles - waves * grid, count_of(tokens, KEYS), grid);
     const int left_over = blockIdx.x / (TILE / 8), row = blockIdx.x % (TILE / 8) * 8 + (threadIdx.x >> 5);
     const int lane = threadIdx.x & 31, tile = waves * grid + left_over;
-    const int image = tile / tiles_of_image, token = (tile - image * tiles_of_image) * TILE + row;
+    const int image = tile / tiles_of_image, query = (tile - image * tiles_of_image) * TILE + row;
     const int first = runs.run_of(left_over * runs.blocks), last = runs.run_of((left_over + 1) * runs.blocks - 1);
-    if (first == last || token >= tokens) return;
+    if (first == last || query >= queries) return;
     auto place = [&](int run) {
         return size_t(2 * run + (left_over > runs.start(run) / runs.blocks)) * TILE + row;
     };
@@ -406,6 +422,6 @@ extern "C" __global__ void __launch_bounds__(256)
     const float share = inverse(weight);
 #pragma unroll
     for (int i = 0; i < 3; ++i)
-        out[(size_t(image) * tokens + token) * (C / 4) + i * 32 + lane] =
+        out[(size_t(image) * queries + query) * (C / 4) + i * 32 + lane] =
             make_uint2(pack(sum[i].x * share, sum[i].y * share), pack(sum[i].z * share, sum[i].w * share));
 }

@@ -26,6 +26,18 @@ def unfit(x: Tensor) -> str | None:
     return None
 
 
+def fetchable(x: Tensor) -> Tensor:
+    """``x``, or a copy where the copy engine cannot fetch its rows from where they are.
+
+    Rows must be whole, and begin at multiples of 16 bytes. Kernels get strides in these units, as 32-bit integers.
+    """
+    unit = 16 // x.element_size()
+    fits = all(0 < stride < unit * 2**31 and stride % unit == 0 for stride in x.stride()[:-1])
+    if fits and x.stride(-1) == 1 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def source_of(name: str, defines: tuple[tuple[str, int], ...]) -> str:
     """What is compiled: the definitions, what the kernels share, and ``name``.cu."""
     texts = [(_FOLDER / file).read_text(encoding="utf-8") for file in ("hopper.cuh", f"{name}.cu")]

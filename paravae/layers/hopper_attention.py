@@ -14,21 +14,22 @@ from torch import Tensor
 from paravae.layers import hopper
 
 CHANNELS = 384
-_SHARED_BYTES = 229_648  # of attention384.cu: queries, ring, tensor map, barriers
+_SHARED_BYTES = 229_776  # of attention384.cu: queries, ring, tensor maps, barriers
 _THREADS = 256
 _TILE, _KEYS = 128, 64  # queries and keys
 _ROWS = 8  # of a block of the kernel that adds up
+_UNIT = 8  # values: strides are passed in 16 bytes
 
 
 @cache
-def plan(images: int, tokens: int, most: int) -> tuple[int, int]:
+def plan(images: int, queries: int, tokens: int, most: int) -> tuple[int, int]:
     """(grid, waves): how many multiprocessors work, and how many whole tiles each takes.
 
     The key blocks of the tiles left over are shared out among all evenly, in runs. This costs a second kernel, memory
     traffic, and where a run reaches into another tile, a change of queries: here in key blocks' time, by trial on an
     H200.
     """
-    tiles, blocks = images * -(-tokens // _TILE), -(-tokens // _KEYS)
+    tiles, blocks = images * -(-queries // _TILE), -(-tokens // _KEYS)
 
     def cost(grid: int) -> float:
         waves, left_over = divmod(tiles, grid)
@@ -41,46 +42,49 @@ def plan(images: int, tokens: int, most: int) -> tuple[int, int]:
     return grid, tiles // grid
 
 
-def unfit(qkv: Tensor) -> str | None:
-    """Why the kernel does not take ``qkv``, or None."""
-    if qkv.shape[-1] != 3 * CHANNELS:
-        return f"the kernel takes a head of {CHANNELS} channels, not {qkv.shape[-1] // 3}"
-    if reason := hopper.unfit(qkv):
+def unfit(query: Tensor, keys_values: Tensor) -> str | None:
+    """Why the kernel does not take these, or None."""
+    if query.shape[-1] != CHANNELS:
+        return f"the kernel takes a head of {CHANNELS} channels, not {query.shape[-1]}"
+    if reason := hopper.unfit(query):
         return reason
-    images, tokens = qkv.shape[:2]
-    if qkv.numel() == 0 or images * -(-tokens // _TILE) * -(-tokens // _KEYS) >= 2**31:
-        return f"the kernel does not take the size {list(qkv.shape)}"
+    (images, queries, _), tokens = query.shape, keys_values.shape[1]
+    work = images * -(-queries // _TILE) * -(-tokens // _KEYS)
+    if not 0 < work < 2**31 or max(query.numel(), keys_values.numel()) >= _UNIT * 2**31:
+        return f"the kernel does not take the sizes {list(query.shape)} and {list(keys_values.shape)}"
     return None
 
 
-def launch(qkv: Tensor) -> Tensor:
-    """Softmax(Q K^T / sqrt(C)) V: [N, tokens, 3 C] -> [N, tokens, C], both float16 or bfloat16."""
-    qkv = qkv.contiguous()
-    if qkv.data_ptr() % 16:
-        qkv = qkv.clone()
-    images, tokens, _ = qkv.shape
-    grid, waves = plan(images, tokens, hopper.multiprocessors(qkv.device))
-    left_over = images * -(-tokens // _TILE) - waves * grid
-    defines = (("HALF", int(qkv.dtype == torch.float16)),)
+def launch(query: Tensor, keys_values: Tensor) -> Tensor:
+    """Softmax(Q K^T / sqrt(C)) V: [N, queries, C] and [N, tokens, 2 C] -> [N, queries, C], float16 or bfloat16."""
+    (images, queries, _), tokens = query.shape, keys_values.shape[1]
+    assert keys_values.shape == (images, tokens, 2 * CHANNELS)
+    assert keys_values.dtype == query.dtype
+    query, keys_values = hopper.fetchable(query), hopper.fetchable(keys_values)
+    grid, waves = plan(images, queries, tokens, hopper.multiprocessors(query.device))
+    left_over = images * -(-queries // _TILE) - waves * grid
+    defines = (("HALF", int(query.dtype == torch.float16)),)
 
-    out = qkv.new_empty((images, tokens, CHANNELS))
+    out = query.new_empty((images, queries, CHANNELS))
     slots = 2 * grid if left_over else 0
-    partial = qkv.new_empty((slots, _TILE, CHANNELS), dtype=torch.float32)
-    partial_weight = qkv.new_empty((slots, _TILE, 2), dtype=torch.float32)
-    maps = qkv.new_empty((grid, 128), dtype=torch.uint8)
-    with torch.cuda.device(qkv.device):
-        attend = hopper.compiled("attention384", defines, _SHARED_BYTES, qkv.device)
+    partial = query.new_empty((slots, _TILE, CHANNELS), dtype=torch.float32)
+    partial_weight = query.new_empty((slots, _TILE, 2), dtype=torch.float32)
+    maps = query.new_empty((grid, 2, 128), dtype=torch.uint8)
+    strides = [x.stride(axis) // _UNIT for x in (query, keys_values) for axis in (1, 0)]
+    sizes = [images, queries, tokens]
+    with torch.cuda.device(query.device):
+        attend = hopper.compiled("attention384", defines, _SHARED_BYTES, query.device)
         attend(
             grid=(grid, 1, 1),
             block=(_THREADS, 1, 1),
-            args=[qkv, out, partial, partial_weight, maps, images, tokens, waves],
+            args=[query, keys_values, out, partial, partial_weight, maps, *sizes, *strides, waves],
             shared_mem=_SHARED_BYTES,
         )
         if left_over:
-            combine = hopper.compiled("attention384_combine", defines, _SHARED_BYTES, qkv.device, "attention384")
+            combine = hopper.compiled("attention384_combine", defines, _SHARED_BYTES, query.device, "attention384")
             combine(
                 grid=(left_over * _TILE // _ROWS, 1, 1),
                 block=(32 * _ROWS, 1, 1),
-                args=[partial, partial_weight, out, images, tokens, waves, grid],
+                args=[partial, partial_weight, out, *sizes, waves, grid],
             )
     return out

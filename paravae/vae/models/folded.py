@@ -105,7 +105,8 @@ class FoldedAttention:
     def __call__(self, flow: Flow) -> Flow:
         normed = flow.normed(self._gamma, silu=False)
         qkv = F.linear(normed.flatten(0, 1).flatten(1, 2), self._weight, self._qkv_bias)
-        branch = wide_attention(qkv).view(flow.x.shape)
+        query, keys_values = qkv.tensor_split((qkv.shape[-1] // 3,), dim=-1)  # views
+        branch = wide_attention(query, keys_values).view(flow.x.shape)
         return Flow(flow.x, self._bias if flow.bias is None else self._bias + flow.bias, branch)
 
 
