@@ -11,6 +11,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "paravae/__init__.py").read
 video = ["imageio-ffmpeg>=0.4.9"]
 test = [
     "diffusers==0.42.0",
+    "distvae==0.1.0",
     "hypothesis>=6.100",
     "mypy>=1.10",
     "pytest>=8",
@@ -20,7 +21,7 @@ test = [
     *video,
 ]
 train = ["scikit-image>=0.22", "scikit-learn>=1.4"]
-bench = ["diffusers>=0.42", *train]
+bench = ["diffusers>=0.42", "distvae==0.1.0", *train]
 
 setup(
     name="paravae",
@@ -31,7 +32,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["paravae", "paravae.*"]),
-    package_data={"paravae": ["py.typed", "assets/paravae-tiny/*", "layers/*.cu", "layers/*.cuh"]},
+    package_data={"paravae": ["py.typed", "assets/paravae-tiny/*", "layers/*.cu", "layers/*.cuh", "vae/machines.json"]},
     install_requires=[
         "torch>=2.6",
         "safetensors>=0.4.3",

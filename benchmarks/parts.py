@@ -142,7 +142,9 @@ def parts_of_decode(base_dim: int, width: int, height: int, dtype: torch.dtype) 
     trace = plan.whole(vae.engine.decoder_stages, height // 8, width // 8)
     found: Counter[Part] = Counter()
     with torch.no_grad(), fused_ops_noted(found), LibraryCalls(found):
-        run_local(decoder.tail(as_uint8=False), decoder.head(latents, None), trace, None, crop_flow)
+        front = plan.whole(vae.engine.decoder_front, height // 8, width // 8)
+        attended = decoder.attention(run_local(decoder.front(), latents, front, None, crop_flow))
+        run_local(decoder.tail(as_uint8=False), attended, trace, None, crop_flow)
     return found
 
 

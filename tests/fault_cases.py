@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paravae import AutoencoderKLQwenImage, RankError
-from paravae.vae.engines.base import Engine
+from paravae.vae.engines.base import Engine, HeadShare
 from paravae.vae.plan import Window
 from tests.builders import max_error, noise, pictures, small_vae
 from tests.case_tools import TILE_FITS_GIB, TILES
@@ -30,16 +30,16 @@ class BrokenEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def decode(self, latents: Tensor, trace: Sequence[Window], *, as_uint8: bool = False) -> Iterator[Tensor]:
-        return self._steps("decode", self._engine.decode(latents, trace, as_uint8=as_uint8))
+    def decode(self, latents: Tensor, trace: Sequence[Window], **options: Any) -> Iterator[Tensor]:
+        return self._steps("decode", self._engine.decode(latents, trace, **options))
 
     def encode_window(self, pixels: Tensor, trace: Sequence[Window]) -> Iterator[Tensor]:
         return self._steps("encode_window", self._engine.encode_window(pixels, trace))
 
-    def encode_features(self, features: Tensor) -> Tensor:
+    def encode_features(self, features: Tensor, head: HeadShare | None = None) -> Tensor:
         if self._broken == "encode_features":
             raise RuntimeError("broken on purpose")
-        return self._engine.encode_features(features)
+        return self._engine.encode_features(features, head)
 
     def _steps(self, name: str, steps: Iterator[Tensor]) -> Iterator[Tensor]:
         for index, step in enumerate(steps):
@@ -246,13 +246,15 @@ def bad_input(here: Rank) -> str:
 def over_memory_limit(here: Rank) -> str:
     """Exact decodes over the limit are refused on every rank; tiles, and what fits, are not."""
     vae = _vae(here, parallel_decode_mode="patch", memory_limit_gib=TILE_FITS_GIB, **TILES)
-    latents = noise(1, 16, 1, 20, 20, device=here.device)
+    latents = noise(1, 16, 1, 32, 32, device=here.device)
     pixels = pictures(1, 3, 1, 256, 256, device=here.device)
-    words = ("[1, 16, 1, 20, 20]", "GiB", "memory_limit_gib", "tiled")
+    words = ("[1, 16, 1, 32, 32]", "GiB", "memory_limit_gib", "tiled")
     expect(error_of(lambda: vae.decode(latents)), ValueError, *words)
     expect(error_of(lambda: vae.parallel_patch_decode(latents)), ValueError, *words)
     expect(error_of(lambda: vae.encode(pixels)), ValueError, "[1, 3, 1, 256, 256]", "GiB", "memory_limit_gib")
-    assert torch.equal(vae.parallel_tiled_decode(latents), small_vae(device=here.device, **TILES).tiled_decode(latents))
+    tiled = vae.parallel_tiled_decode(latents)
+    assert torch.equal(tiled, vae.tiled_decode(latents))
+    assert max_error(tiled, small_vae(device=here.device, **TILES).tiled_decode(latents)) <= 2e-5
     vae.config = replace(vae.config, memory_limit_gib=TILE_FITS_GIB / 2)
     expect(error_of(lambda: vae.parallel_tiled_decode(latents)), ValueError, "this tiled decode", *words)
     vae.config = replace(vae.config, memory_limit_gib=8.0)
@@ -262,7 +264,7 @@ def over_memory_limit(here: Rank) -> str:
 
 def memory_limits_differ(here: Rank) -> str:
     """The least of the ranks' limits holds on all; one rank that changes its limit alone is told, not left waiting."""
-    latents = noise(1, 16, 1, 20, 20, device=here.device)
+    latents = noise(1, 16, 1, 32, 32, device=here.device)
     least = TILE_FITS_GIB if here.rank == here.size - 1 else 8.0
     vae = _vae(here, memory_limit_gib=least, **TILES)
     vae.decode(latents)

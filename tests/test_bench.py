@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +82,7 @@ def test_a_tiled_decode_is_held_against_tiles(bench: Bench) -> None:
     flags = ("--sizes", "96x64", "--what", "decode", "--dtype", "float32", "--vae-config.use-tiling", *tiles)
     assert run(bench, *flags) == 0
     (row,) = report_of(bench)["rows"]
-    assert row["ran"].startswith("tiled, 2 x 3 windows")
+    assert row["ran"].startswith("tiled, 2 x 3 tiles")
     assert row["max_error"] < 1e-4
 
 
@@ -90,7 +91,7 @@ def test_ranks_share_and_one_writes(bench: Bench) -> None:
     ended = torchrun(2, "bench", "--model", bench.path("model"), "--output", bench.path("out/b.json"), *QUICK, *flags)
     assert ended.returncode == 0, ended.stderr
     (row,) = report_of(bench)["rows"]
-    assert row["ran"].endswith("on 2 ranks")
+    assert row["ran"].endswith("of 2 ranks"), "of so small a picture each rank does all"
     assert row["correct"] is True
     assert report_of(bench)["machine"]["ranks"] == 2
     assert ended.stdout.count("RMS error") == 1
@@ -191,7 +192,10 @@ def test_flops_are_those_of_the_planner(lat_size: tuple[int, int]) -> None:
     height, width = lat_size
     shapes = ((1, 16, 1, height, width), (1, 3, 1, 8 * height, 8 * width))
     stages = vae.engine.decoder_stages
-    work = vae.engine.head_work(*lat_size) + plan.local_work(stages, plan.whole(stages, *lat_size))
+    work = plan.local_work(stages, plan.whole(stages, *lat_size))
+    work += plan.local_work(vae.engine.decoder_front, plan.whole(vae.engine.decoder_front, *lat_size))
+    channels, tokens = vae.engine.attention_channels, height * width
+    work += plan.attention_work(channels, tokens, tokens) + plan.projections_work(channels, tokens)
     work += 16 * 16 * height * width  # post_quant_conv, which the planner leaves out
     assert bench_cost.count(vae.config, "decode", *shapes).flops == 2 * work
     stages = vae.engine.encoder_stages
@@ -224,11 +228,27 @@ def test_errors() -> None:
 def test_clocks() -> None:
     device = torch.device("cpu")
     order: list[str] = []
-    times = bench_timing.interleaved_ms({name: lambda name=name: order.append(name) for name in "ab"}, 3, device)
-    assert order == list("ababab")
-    assert {name: len(each) for name, each in times.items()} == {"a": 3, "b": 3}
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = bench_timing.interleaved_ms(calls, {"a": 3, "b": 2}, device, RankGroup.alone())
+    assert order == list("ababa")
+    assert {name: len(each) for name, each in times.items()} == {"a": 3, "b": 2}
     assert bench_timing.spread([5, 1, 2, 4, 3]) == {"ms": 3, "p20_ms": 2, "p80_ms": 4}
     assert bench_timing.largest("x", 1.25, RankGroup.alone()) == 1.25
+
+
+@pytest.mark.parametrize(("together", "order"), [(True, "ab" + "ab" * 5 + "aa"), (False, "a" * 8 + "b" * 6)])
+def test_slow_calls_are_timed_less_often(together: bool, order: str) -> None:
+    done: list[str] = []
+
+    def slow() -> None:
+        done.append("b")
+        time.sleep(0.03)
+
+    calls = {"a": lambda: done.append("a"), "b": slow}
+    device, group = torch.device("cpu"), RankGroup.alone()
+    times = bench_timing.turns_ms(calls, 7, device, group, seconds=0.05, together=together)
+    assert "".join(done) == order  # a call each that does not count, then seven and, of the slow one, five
+    assert {name: len(each) for name, each in times.items()} == {"a": 7, "b": 5}
 
 
 def test_random_weights_are_seeded_and_leave_the_generator_alone() -> None:

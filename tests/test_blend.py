@@ -115,5 +115,15 @@ def test_paste_puts_each_window_in_its_place() -> None:
     for shard, w in zip(shards, windows, strict=True):
         own = truth[..., w.rows.start : w.rows.stop, w.cols.start : w.cols.stop]
         shard[..., : w.rows.size, : w.cols.size] = own
-    assert torch.equal(paste(shards, windows, 5, 4), truth)
-    assert paste(shards.to(torch.bfloat16), windows, 5, 4).dtype == torch.bfloat16
+    both = [Span(0, 2)] * 3 + [Span(0, 0)]
+    assert torch.equal(paste(shards, windows, both, 2, 5, 4), truth)
+    assert paste(shards.to(torch.bfloat16), windows, both, 2, 5, 4).dtype == torch.bfloat16
+
+
+def test_paste_puts_each_image_in_its_place() -> None:
+    """A batch of three, dealt unevenly: the padding of the smaller share is left out."""
+    truth = noise(3, 3, 1, 2, 4)
+    shards = torch.full((2, 2, 3, 1, 2, 4), torch.nan)
+    shards[0], shards[1, :1] = truth[:2], truth[2:]
+    whole = Window(Span(0, 2), Span(0, 4))
+    assert torch.equal(paste(shards, [whole, whole], [Span(0, 2), Span(2, 3)], 3, 2, 4), truth)

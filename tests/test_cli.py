@@ -35,7 +35,7 @@ def test_the_flags_reach_the_model(bench: Bench, capsys: pytest.CaptureFixture[s
     vae = small_vae(torch.float64, use_tiling=True, **tiles)
     levels = vae.decode(bench.latents.double(), output_type="uint8")
     assert np.array_equal(bench.picture("x.png"), levels[0, :, 0].permute(1, 2, 0).numpy())
-    assert "tiled, 3 x 2 windows on 1 rank" in capsys.readouterr().out
+    assert "tiled, 3 x 2 tiles on 1 rank" in capsys.readouterr().out
 
 
 def test_a_video_becomes_frames_or_a_film(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,8 +31,8 @@ def test_flags_and_fields_are_one_to_one() -> None:
 def test_each_flag_sets_its_field_and_no_other() -> None:
     values = {"tile_sample_stride_height": "64", "tile_sample_stride_width": "64", "memory_limit_gib": "1.5"}
     for field in flag_fields(QwenImageVAEConfig):
-        if field.name in ("parallel_decode_mode", "engine"):
-            text = value = {"parallel_decode_mode": "patch", "engine": "torch"}[field.name]
+        if field.name in ("parallel_decode_mode", "engine", "cost_table"):
+            text = value = {"parallel_decode_mode": "patch", "engine": "torch", "cost_table": "gpu.json"}[field.name]
         elif isinstance(field.default, bool):
             text, value = str(not field.default).lower(), not field.default
         else:

@@ -16,10 +16,13 @@ LAYERS = (
     ("paravae.files", "paravae.configs", "paravae.vae.pixels", "paravae.vae.posterior"),
     ("paravae.vae.plan",),
     ("paravae.layers",),
-    ("paravae.vae.comm", "paravae.vae.blend", "paravae.vae.memory", "paravae.vae.checks"),
-    ("paravae.vae.models", "paravae.vae.choice"),
+    ("paravae.vae.presence",),
+    ("paravae.vae.comm", "paravae.vae.blend", "paravae.vae.memory", "paravae.vae.checks", "paravae.vae.cost"),
+    ("paravae.vae.models",),
     ("paravae.vae.engines",),
+    ("paravae.vae.choice",),
     ("paravae.vae.share",),
+    ("paravae.vae.work",),
     ("paravae.vae.parallel",),
     ("paravae.vae.autoencoders",),
     ("paravae.launch",),
@@ -128,7 +131,7 @@ def test_nothing_is_pickled_and_no_rank_waits_for_a_number() -> None:
     last_names = {name.split(".")[-1] for name in attributes_of(path)}
     assert not {name for name in last_names if name.endswith(("_object", "_object_list")) or name == "item"}
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    bodies = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "all_gather"]
+    bodies = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "gather_into"]
     assert len(bodies) == 1
     called = {ast.unparse(node.func).split(".")[-1] for node in ast.walk(bodies[0]) if isinstance(node, ast.Call)}
     assert "_all_gather_single" in called

@@ -17,8 +17,11 @@ def test_parts_add_up_to_the_planned_work() -> None:
     total = sum(count * part.flops for part, count in found.items())
     with torch.device("meta"):
         vae = AutoencoderKLQwenImage(QwenImageVAEConfig(arch_config=QwenImageVAEArchConfig()))
-    trace = plan.whole(vae.engine.decoder_stages, 24, 32)
-    planned = 2 * (vae.engine.head_work(24, 32) + plan.local_work(vae.engine.decoder_stages, trace))
+    engine = vae.engine
+    planned = 2 * sum(
+        plan.local_work(stages, plan.whole(stages, 24, 32)) for stages in (engine.decoder_front, engine.decoder_stages)
+    )
+    planned += 2 * (plan.attention_work(384, 24 * 32, 24 * 32) + plan.projections_work(384, 24 * 32))
     upsampling = sum(count * part.flops for part, count in found.items() if part.name == "upsampling convolution")
     projection = 2 * 24 * 32 * 384 * 384  # folded into the values
     assert total + upsampling * 5 / 4 + projection == planned

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from paravae import Posterior
-from paravae.vae.checks import FiniteCheck
-from paravae.vae.memory import device_bytes, estimated_bytes
+from paravae.vae.checks import FiniteCheck, check_gather_to
+from paravae.vae.engines.base import Engine
+from paravae.vae.memory import device_bytes, free_bytes
 from paravae.vae.pixels import from_uint8, psnr_db, to_uint8
-from paravae.vae.plan import LocalStage, whole
-from tests.builders import noise
+from paravae.vae.plan import whole
+from tests.builders import noise, small_vae
 
 
 def test_posterior_is_diffusers() -> None:
@@ -70,16 +71,36 @@ def test_finite_check_counts(spoilt: list[float], words: str) -> None:
 
 
 def test_estimated_bytes_by_hand() -> None:
-    """Widest stage 10 channels on 8 x 8; four narrow and three wide copies a frame; a stream has 14 + 2 x 6."""
-    stages = (LocalStage("same", 1, channels=10, work=1), LocalStage("same", 1, channels=4, work=1))
-    trace = whole(stages, 8, 8)
-    assert estimated_bytes(stages, trace, 1, torch.bfloat16, 1) == 640 * (4 * 2 + 3 * 4)
-    assert estimated_bytes(stages, trace, 1, torch.float64, 2) == 2 * 640 * (4 * 8 + 3 * 8)
-    assert estimated_bytes(stages, trace, 4, torch.float32, 1) == 640 * (4 * (4 * 4 + 3 * 4) + (14 + 2 * 6) * 4)
+    """The widest level of 8 channels has 8 x 8 pixels for each latent. Plain: four narrow and three wide copies a
+    frame; a stream has 14 + 2 x 6 for each of its 4 frames. Fast, a lone frame: three tensors."""
+    plain, fast = small_vae(engine="torch").engine, small_vae(engine="fast").engine
+    trace = whole(plain.decoder_stages, 2, 3)
+    largest = 8 * 6 * 64
+
+    def bytes_of(engine: Engine, dtype: torch.dtype, images: int = 1, stream: bool = False) -> int:
+        device = torch.device("cpu")
+        return engine.estimated_bytes("decoder", trace, images, stream=stream, dtype=dtype, device=device)
+
+    assert bytes_of(plain, torch.bfloat16) == largest * (4 * 2 + 3 * 4)
+    assert bytes_of(plain, torch.float64, images=2) == 2 * largest * (4 * 8 + 3 * 8)
+    assert bytes_of(plain, torch.float32, stream=True) == largest * (4 * (4 * 4 + 3 * 4) + (14 + 2 * 6) * 4)
+    assert bytes_of(fast, torch.bfloat16, images=2) == 2 * largest * 3 * 2
+    assert bytes_of(fast, torch.float32, stream=True) == bytes_of(plain, torch.float32, stream=True)
+
+
+def test_who_may_receive() -> None:
+    for fine in ("all", 0, 3):
+        check_gather_to(fine, 4)
+    for wrong in (4, -1, "none", 1.0, None):
+        with pytest.raises(ValueError, match=r"gather_to is .*needs 'all' or a rank of the group, 0 to 3"):
+            check_gather_to(wrong, 4)
+    with pytest.raises(ValueError, match="0, the only rank"):
+        check_gather_to(1, 1)
 
 
 def test_device_bytes_of_the_cpu() -> None:
     assert 2**28 < device_bytes(torch.device("cpu")) < 2**50
+    assert free_bytes(torch.device("cpu")) == device_bytes(torch.device("cpu"))
 
 
 def test_psnr_by_hand() -> None:

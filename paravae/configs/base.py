@@ -95,7 +95,10 @@ class VAEConfig:
     )
     cuda_graphs: int = option(8, "CUDA graphs that the fast engine keeps, one for each shape of image; 0: none")
     memory_limit_gib: float | None = option(
-        None, "refuse a decode or encode estimated to need more than this, in GiB a rank; default: all the device has"
+        None, "refuse a decode or encode estimated to need more than this, in GiB a rank; default: all that is free"
+    )
+    cost_table: str | None = option(
+        None, "JSON file of paravae bench calibrate, by which auto chooses; default: the constants shipped for this GPU"
     )
 
     def __post_init__(self) -> None:

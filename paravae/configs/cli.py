@@ -99,6 +99,7 @@ def _reading(annotation: Any, field: Field[Any]) -> dict[str, Any]:
         int: (whole_number, "N"),
         float: (number, "X"),
         float | None: (number, "X"),
+        str | None: (str, "TEXT"),
     }
     if annotation not in readers:
         raise TypeError(f"{field.name}: there is no flag for a field of type {annotation}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -11,13 +12,17 @@ from torch import Tensor
 from paravae.vae.plan import Span, Window
 
 
-def paste(shards: Tensor, windows: Sequence[Window], height: int, width: int) -> Tensor:
-    """Put each rank's window in its place: shards [R, B, C, T, rows, cols], padded -> [B, C, T, height, width]."""
-    picture = shards.new_empty((*shards.shape[1:-2], height, width))
-    for shard, window in zip(shards, windows, strict=True):
+def paste(
+    shards: Tensor, windows: Sequence[Window], images: Sequence[Span], batch: int, height: int, width: int
+) -> Tensor:
+    """Put each rank's images' window in its place: shards [R, n, C, T, rows, cols], padded -> [batch, C, T, height,
+    width]."""
+    picture = shards.new_empty((batch, *shards.shape[2:-2], height, width))
+    for shard, window, of in zip(shards, windows, images, strict=True):
         if window.area:
-            part = shard[..., : window.rows.size, : window.cols.size]
-            picture[..., window.rows.start : window.rows.stop, window.cols.start : window.cols.stop] = part
+            part = shard[: of.size, ..., : window.rows.size, : window.cols.size]
+            rows, cols = slice(window.rows.start, window.rows.stop), slice(window.cols.start, window.cols.stop)
+            picture[of.start : of.stop, ..., rows, cols] = part
     return picture
 
 
@@ -28,30 +33,33 @@ def cross_fade(tiles: Iterable[Tensor], windows: Sequence[Window], height: int, 
     edges, where its zero padding does most harm. Tiles are added in the order given, so that the result does
     not depend on who decoded which.
     """
-    row_weights = _axis_weights([w.rows for w in windows], height)
-    col_weights = _axis_weights([w.cols for w in windows], width)
     picture: Tensor | None = None
+    rows, cols = tuple(w.rows for w in windows), tuple(w.cols for w in windows)
     for tile, window in zip(tiles, windows, strict=True):
         wide = tile.to(torch.promote_types(tile.dtype, torch.float32))
-        weight = row_weights[window.rows][:, None] * col_weights[window.cols]
         if picture is None:
             picture = wide.new_zeros((*tile.shape[:-2], height, width))
+            row_weights = _axis_weights(rows, height, wide.dtype, wide.device)
+            col_weights = _axis_weights(cols, width, wide.dtype, wide.device)
+        weight = row_weights[window.rows][:, None] * col_weights[window.cols]
         place = picture[..., window.rows.start : window.rows.stop, window.cols.start : window.cols.stop]
-        place += wide * weight.to(wide)
+        place += wide * weight
     if picture is None:
         raise ValueError("no tiles to blend")
     return picture
 
 
-def _axis_weights(spans: Sequence[Span], size: int) -> dict[Span, Tensor]:
-    """For each tile of one axis its weights, which sum to one at every position."""
+@lru_cache(maxsize=64)
+def _axis_weights(spans: tuple[Span, ...], size: int, dtype: torch.dtype, device: torch.device) -> dict[Span, Tensor]:
+    """For each tile of one axis its weights, which sum to one at every position. Kept: a CUDA graph that is recorded
+    can read them, and not copy them from the host."""
     ordered = sorted(set(spans), key=lambda span: span.start)
     overlap = max((a.stop - b.start for a, b in pairwise(ordered)), default=0)
     weights = {span: _window_function(span, size, overlap) for span in ordered}
     total = torch.zeros(size, dtype=torch.float64)
     for span, weight in weights.items():
         total[span.start : span.stop] += weight
-    return {span: weight / total[span.start : span.stop] for span, weight in weights.items()}
+    return {span: (weight / total[span.start : span.stop]).to(device, dtype) for span, weight in weights.items()}
 
 
 def _window_function(span: Span, size: int, overlap: int) -> Tensor:

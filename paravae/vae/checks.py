@@ -55,6 +55,14 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"output_type is {output_type!r}, needs one of {', '.join(OUTPUT_TYPES)}")
 
 
+def check_gather_to(gather_to: object, ranks: int) -> None:
+    """Raise ValueError unless ``gather_to`` is "all" or one of the ``ranks`` of the group."""
+    if gather_to == "all" or (isinstance(gather_to, int) and 0 <= gather_to < ranks):
+        return
+    among = "0, the only rank" if ranks == 1 else f"a rank of the group, 0 to {ranks - 1}"
+    raise ValueError(f"gather_to is {gather_to!r}, needs 'all' or {among}")
+
+
 def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} are a {type(value).__name__}, need a torch.Tensor")

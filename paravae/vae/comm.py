@@ -1,35 +1,60 @@
-"""The ranks that share a decode: which they are, how they agree, how their shards come together.
+"""The ranks that share a decode: which they are, how they keep in step, how their shards come together.
 
-The group is a value that is passed in; there is no global one. Two planes: *data*, the group's own backend
-(NCCL on GPUs), carries one all-gather of equally padded shards; *control*, a gloo group over the same ranks,
-carries small fixed-size rows between hosts. Errors therefore reach every rank before any rank enters the
-all-gather, and without a GPU ever being waited for.
+The group is a value that is passed in; there is no global one. Three planes: *data*, the group's own backend (NCCL on
+GPUs), carries all-gathers of equally padded shards; *control*, a gloo group over the same ranks, carries small rows of
+fixed size between hosts; *presence*, a socket between every two, tells when a process has ended. Errors therefore reach
+every rank before any rank enters an all-gather, and a rank that is killed leaves nobody waiting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from paravae.vae.presence import Presence
+
+logger = logging.getLogger("paravae")
+
 # PyTorch 2.13 renamed the collective and deprecated its old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_ROW_BYTES = 1024  # a status row: one byte of kind, then a message in UTF-8, cut to fit
+_ROW_BYTES = 1024  # of control
+_ROW_HEAD = struct.Struct("!Bq")  # kind, number; then a message in UTF-8, cut to fit
+_TEXT_BYTES = 400  # of a longer text, in one row
 _FINE, _INPUT_ERROR, _FAILURE = 0, 1, 2
+
+_EAGER_S = 2e-3  # a wait this long keeps the processor, lest a wake-up be added to it
+_PAUSE_S = 2e-4
+_LOOK_EVERY_S = 0.05  # for ranks that are gone
+_BLAME_S = 3.0  # for a closed socket to show which rank broke a connection
+_ABORT_S = 5.0
 
 
 class RankError(RuntimeError):
-    """Another rank failed, or asked for something else; ``input_error`` says that its input was at fault."""
+    """Another rank failed, is gone, or asked for something else; ``input_error``: its input was at fault.
 
-    def __init__(self, message: str, *, rank: int, input_error: bool) -> None:
+    ``group``: whose ranks all have this error by now.
+    """
+
+    def __init__(self, message: str, *, rank: int, input_error: bool, group: RankGroup | None = None) -> None:
         super().__init__(message)
         self.rank = rank
         self.input_error = input_error
+        self.group = group
+
+
+GatherTo = Literal["all"] | int
+"""Which ranks of a group receive: all, or one."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,7 @@ class RankGroup:
     size: int
     data: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
+    presence: Presence | None = None
 
     @staticmethod
     def alone() -> RankGroup:
@@ -55,8 +81,8 @@ class RankGroup:
 
     @staticmethod
     def of(process_group: dist.ProcessGroup | None) -> RankGroup:
-        """The ranks of ``process_group``. A collective call among them where the group carries no CPU tensors,
-        because a gloo group is then made beside it.
+        """The ranks of ``process_group``. A collective call among them: they connect for ``presence``, and where the
+        group carries no CPU tensors a gloo group is made beside it.
 
         Raises:
             ValueError: this process is not one of its ranks.
@@ -72,43 +98,49 @@ class RankGroup:
         size = dist.get_world_size(process_group)
         if size == 1:
             return RankGroup.alone()
-        return RankGroup(rank, size, process_group, _control_group(process_group))
+        group = RankGroup(rank, size, process_group, _control_group(process_group))
+        return RankGroup(rank, size, process_group, group.control, group._meet())
 
-    def all_gather(self, shard: Tensor) -> Tensor:
-        """[...] on each rank -> [size, ...] on all, in one collective. Every rank's shard has one shape and dtype.
+    def _meet(self) -> Presence | None:
+        try:
+            return Presence.meet(self.rank, self.size, lambda text: [row.message for row in self._exchange(text)])
+        except OSError as error:
+            logger.warning(
+                "rank %d cannot connect to the others (%s): should one be killed, it will wait for the time limit "
+                "of torch.distributed",
+                self.rank,
+                error,
+            )
+            return None
 
-        Bytes travel, so any dtype does on any backend; nothing is pickled and the host waits for nothing on a GPU.
+    # -------------------------------------------------------------------------------------------- in step
+
+    @contextmanager
+    def in_step(self, request: str) -> Iterator[Step]:
+        """What all ranks do together; the body's calls to the ``Step`` are the same on all.
+
+        A rank whose body raises raises that again, after telling the others. The body ends with
+        ``agree(last=True)``: what fails after it is this rank's own affair.
+
+        Raises:
+            RankError: on the ranks whose own body was fine, naming a rank that failed, is gone or differs, and why.
         """
-        if self.size == 1:
-            return shard[None]
-        gathered = shard.new_empty((self.size, *shard.shape))
-        _all_gather_single(
-            gathered.view(-1).view(torch.uint8), shard.contiguous().view(-1).view(torch.uint8), group=self.data
-        )
-        return gathered
+        step = Step(self, request)
+        try:
+            yield step
+        except Exception as error:
+            step.tell(error)
+            raise
 
     @contextmanager
     def agreement(self, request: str) -> Iterator[None]:
         """Run the body on every rank, then go on only if it succeeded on all and all had the same ``request``.
 
-        A rank whose body raised raises that again, after telling the others.
-
-        Raises:
-            RankError: on the ranks whose own body was fine, naming a rank that failed or differs, and why.
+        Raises: as ``in_step`` does.
         """
-        if self.size == 1:
+        with self.in_step(request) as step:
             yield
-            return
-        failure: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            failure = error
-        if failure is not None:
-            with suppress(Exception):  # whatever became of the others, this rank's own error is the one to raise
-                self._exchange(request, failure)
-            raise failure
-        self._raise_if_different(self._exchange(request))
+            step.agree(last=True)
 
     def minimum(self, name: str, value: int) -> int:
         """The least of the ranks' values of ``name``.
@@ -116,31 +148,194 @@ class RankGroup:
         Raises:
             RankError: another rank came with something else than its ``name``.
         """
+        with self.in_step(name) as step:
+            return step.agree(value, last=True)
+
+    def first(self, name: str, text: str) -> str:
+        """Rank 0's ``text``, so that all ranks go by the same.
+
+        Raises:
+            RankError: another rank failed or is gone.
+        """
         if self.size == 1:
-            return value
-        requests = self._exchange(f"{name}: {value}")
-        values = [text.removeprefix(f"{name}: ") for text in requests]
-        if any(text == rest for text, rest in zip(requests, values, strict=True)):
-            self._raise_if_different(requests)
-        return min(int(text) for text in values)
+            return text
+        data, received = text.encode(), b""
+        while True:  # a row's worth at a time; rank 0's first row says how much there is
+            part = data[len(received) :][:_TEXT_BYTES].hex()
+            rows = self._exchange(f"{name}: {part}", len(data))
+            for rank, row in enumerate(rows):
+                if not row.message.startswith(f"{name}: "):
+                    text = f"the ranks were asked for different things: rank {rank} {row.message}, others {name}"
+                    raise RankError(text, rank=rank, input_error=True, group=self)
+            received += bytes.fromhex(rows[0].message.removeprefix(f"{name}: "))
+            if len(received) >= rows[0].number:
+                return received.decode()
 
-    def _exchange(self, request: str, failure: Exception | None = None) -> list[str]:
-        """Every rank's request, if no rank came with a failure."""
-        row = _status_row(request, failure)
-        gathered = row.new_empty((self.size, *row.shape))
-        _all_gather_single(gathered.view(-1), row, group=self.control)
-        rows = [_read_row(row) for row in gathered]
-        for rank, (kind, message) in enumerate(rows):
-            if kind != _FINE:
-                text = f"rank {rank} of {self.size} failed: {message}"
-                raise RankError(text, rank=rank, input_error=kind == _INPUT_ERROR)
-        return [message for _, message in rows]
+    # ------------------------------------------------------------------------------------------- tensors
 
-    def _raise_if_different(self, requests: list[str]) -> None:
-        for rank, request in enumerate(requests):
-            if request != requests[0]:
-                text = f"the ranks were asked for different things: rank 0 {requests[0]}, rank {rank} {request}"
-                raise RankError(text, rank=rank, input_error=True)
+    def all_gather(self, shard: Tensor) -> Tensor:
+        """[...] on each rank -> [size, ...] on all, in one collective. Every rank's shard has one shape and dtype.
+
+        Bytes travel, so any dtype does on any backend; nothing is pickled and the host waits for nothing on a GPU.
+        """
+        gathered = shard.new_empty((self.size, *shard.shape))
+        self.gather_into(gathered, shard.contiguous(), "all")
+        return gathered
+
+    def gather_into(self, gathered: Tensor | None, shard: Tensor, to: GatherTo) -> None:
+        """``all_gather`` of a contiguous shard into memory that is there, [size, ...]; on ``to`` "all" ranks, or on
+        that one alone, and None on the others."""
+        sent, received = _bytes(shard), None if gathered is None else _bytes(gathered)
+        if self.size == 1:
+            if received is not None:
+                received.copy_(sent)
+        elif to == "all":
+            self._run(lambda **how: _all_gather_single(received, sent, group=self.data, **how), shard)
+        else:
+            assert self.data is not None
+            parts = None if gathered is None else [_bytes(part) for part in gathered]
+            target = dist.get_global_rank(self.data, to)
+            self._run(lambda **how: dist.gather(sent, parts, target, self.data, **how), shard)
+
+    def settle(self, result: Tensor) -> None:
+        """Wait until ``result``'s device has done what was queued on it, as long as all ranks are there.
+
+        Raises:
+            RankError: a rank is gone, whose part the device would wait for; the group is of no use any more.
+        """
+        if self.size == 1 or not result.is_cuda:
+            return
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(result.device))
+        self._wait_for(done.query, "a decode was under way")
+
+    # ------------------------------------------------------------------------------------------- control
+
+    def _exchange(self, message: str, number: int = 0, failure: Exception | None = None) -> list[_Row]:
+        """Every rank's row, if no rank came with a failure."""
+        own = _Row.of(message, number, failure).packed()
+        gathered = own.new_empty((self.size, *own.shape))
+        self._run(lambda **how: _all_gather_single(gathered.view(-1), own, group=self.control, **how), own)
+        rows = [_Row.unpacked(row) for row in gathered]
+        for rank, row in enumerate(rows):
+            if row.kind != _FINE:
+                text = f"rank {rank} of {self.size} failed: {row.message}"
+                raise RankError(text, rank=rank, input_error=row.kind == _INPUT_ERROR, group=self)
+        return rows
+
+    def _run(self, collective: Callable[..., Any], like: Tensor) -> None:
+        """Start a collective. On CPU tensors wait for it too, as long as all ranks are there."""
+        if like.is_cuda:
+            collective()
+            return
+        try:
+            work = collective(async_op=True)
+            self._wait_for(work.is_completed, "the ranks were exchanging data")
+            work.wait()
+        except RankError:
+            raise
+        except RuntimeError as error:  # a connection that broke: because a rank is gone?
+            self._raise_if_gone("the ranks were exchanging data", wait_s=_BLAME_S)
+            text = f"the ranks lost each other: {error}"
+            raise RankError(text, rank=self.rank, input_error=False, group=self) from error
+
+    def _wait_for(self, done: Callable[[], bool], meanwhile: str) -> None:
+        started = looked = time.monotonic()
+        while not done():
+            now = time.monotonic()
+            time.sleep(0 if now - started < _EAGER_S else _PAUSE_S)
+            if now - looked > _LOOK_EVERY_S:
+                looked = now
+                self._raise_if_gone(meanwhile)
+
+    def _raise_if_gone(self, meanwhile: str, wait_s: float = 0) -> None:
+        """``wait_s``: how long to wait for a rank to be gone, where something says that one is."""
+        deadline = time.monotonic() + wait_s
+        while self.presence is not None:
+            rank = self.presence.gone()
+            if rank is not None:
+                self._abort()
+                text = f"rank {rank} of {self.size} is gone ({self.presence.name(rank)} ended) while {meanwhile}"
+                raise RankError(text, rank=rank, input_error=False, group=self)
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(_PAUSE_S)
+
+    def _abort(self) -> None:
+        """Stop NCCL's kernels, which would wait for a rank that is gone for ever and keep the GPU from all else."""
+        assert self.data is not None
+        if "nccl" not in dist.get_backend_config(self.data):
+            return
+        with suppress(Exception):  # an error is on its way already; this is to free the GPU
+            backend: Any = self.data._get_backend(torch.device("cuda"))
+            aborting = threading.Thread(target=backend.abort, daemon=True)
+            aborting.start()
+            aborting.join(_ABORT_S)
+
+
+class Step:
+    """What the ranks of a group do together, one thing after another; see ``RankGroup.in_step``."""
+
+    def __init__(self, group: RankGroup, request: str) -> None:
+        self._group, self._request = group, request
+        self._count = 0
+        self._over = group.size == 1
+
+    @property
+    def group(self) -> RankGroup:
+        return self._group
+
+    def agree(self, number: int = 0, *, last: bool = False) -> int:
+        """Wait for all ranks; the least of their numbers.
+
+        Raises:
+            RankError: a rank failed, is gone, or is at something else.
+        """
+        if self._group.size == 1:
+            return number
+        self._count += 1
+        self._over = True  # if this fails it fails on every rank, and there is nobody left to tell
+        rows = self._group._exchange(f"{self._request} (step {self._count})", number)
+        for rank, row in enumerate(rows):
+            if row.message != rows[0].message:
+                text = f"the ranks were asked for different things: rank 0 {rows[0].message}, rank {rank} {row.message}"
+                raise RankError(text, rank=rank, input_error=True, group=self._group)
+        self._over = last
+        return min(row.number for row in rows)
+
+    def tell(self, error: Exception) -> None:
+        """Let the others know that this rank has failed, unless they do."""
+        if self._over or (isinstance(error, RankError) and error.group == self._group):
+            return
+        self._over = True
+        with suppress(Exception):  # whatever became of the others, this rank's own error is the one to raise
+            self._group._exchange(self._request, failure=error)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a rank says on the control plane."""
+
+    kind: int
+    number: int
+    message: str
+
+    @staticmethod
+    def of(message: str, number: int, failure: Exception | None) -> _Row:
+        if failure is None:
+            return _Row(_FINE, number, message)
+        kind = _INPUT_ERROR if isinstance(failure, ValueError) else _FAILURE
+        return _Row(kind, number, f"{type(failure).__name__}: {failure}")
+
+    def packed(self) -> Tensor:
+        row = bytearray(_ROW_HEAD.pack(self.kind, self.number) + self.message.encode())[:_ROW_BYTES]
+        return torch.frombuffer(row.ljust(_ROW_BYTES, b"\0"), dtype=torch.uint8)
+
+    @staticmethod
+    def unpacked(row: Tensor) -> _Row:
+        data = bytes(row.numpy())
+        kind, number = _ROW_HEAD.unpack_from(data)
+        return _Row(kind, number, data[_ROW_HEAD.size :].rstrip(b"\0").decode(errors="replace"))
 
 
 def _control_group(process_group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -150,15 +345,5 @@ def _control_group(process_group: dist.ProcessGroup) -> dist.ProcessGroup:
     return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
 
-def _status_row(request: str, failure: Exception | None) -> Tensor:
-    kind, text = _FINE, request
-    if failure is not None:
-        kind = _INPUT_ERROR if isinstance(failure, ValueError) else _FAILURE
-        text = f"{type(failure).__name__}: {failure}"
-    message = text.encode()[: _ROW_BYTES - 1]
-    return torch.tensor(list(bytes([kind]) + message.ljust(_ROW_BYTES - 1, b"\0")), dtype=torch.uint8)
-
-
-def _read_row(row: Tensor) -> tuple[int, str]:
-    kind, *message = row.tolist()
-    return kind, bytes(message).rstrip(b"\0").decode(errors="replace")
+def _bytes(values: Tensor) -> Tensor:
+    return values.view(-1).view(torch.uint8)

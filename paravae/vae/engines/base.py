@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
+from paravae.vae.engines.graphs import Agree
+from paravae.vae.models.blocks import Together
 from paravae.vae.plan import Stages, Window
+
+Half = Literal["decoder", "encoder"]
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """The rows of the frame for which the attention, and what stands before it, is computed here.
+
+    ``trace``: of the front stages, the last window being whole rows. ``gather``: brings everyone's rows together.
+    """
+
+    trace: tuple[Window, ...]
+    gather: Together
 
 
 class Engine(Protocol):
@@ -16,27 +33,82 @@ class Engine(Protocol):
     A trace (``plan.trace_window``) names the window that each local stage is fed and, last, the one it gives.
     """
 
+    decoder_front: Stages
+    """Geometry of the decoder's local stages from latents to its attention."""
     decoder_stages: Stages
-    """Geometry of the decoder's local stages, from features at latent size to pixels."""
+    """Geometry of the decoder's local stages from its attention, at latent size, to pixels."""
     encoder_stages: Stages
     """Geometry of the encoder's local stages, from pixels to features at latent size."""
+    encoder_front: Stages
+    """Geometry of the encoder's local stages from features to its attention."""
     feature_channels: int
     """Channels of the encoder's features."""
+    attention_channels: int
+    """Channels of the decoder's attention."""
 
-    def decode(self, latents: Tensor, trace: Sequence[Window], *, as_uint8: bool = False) -> Iterator[Tensor]:
+    def decode(
+        self, latents: Tensor, trace: Sequence[Window], *, as_uint8: bool = False, head: HeadShare | None = None
+    ) -> Iterator[Tensor]:
         """Pixels of the window ``trace[-1]`` from whole latents [B, z, T, h, w], a latent frame at a time:
         one pixel frame first, then ``temporal_ratio`` for each; [B, 3, f, rows, cols], clamped to [-1, 1],
-        or as levels 0..255. The caller owns them."""
+        or as levels 0..255. The caller owns them.
+
+        ``head``: what of the head is computed here; None: keys and values of the whole frame, and the queries that
+        the window needs. An empty window gives empty pixels.
+        """
         ...
 
     def encode_window(self, pixels: Tensor, trace: Sequence[Window]) -> Iterator[Tensor]:
         """Features [B, C, 1, rows, cols] of the window ``trace[-1]``, one for each latent frame."""
         ...
 
-    def encode_features(self, features: Tensor) -> Tensor:
+    def encode_features(self, features: Tensor, head: HeadShare | None = None) -> Tensor:
         """Moments [B, 2 z, T, h, w] (mean, then log-variance) from the whole features [B, C, T, h, w]."""
         ...
 
-    def head_work(self, lat_height: int, lat_width: int) -> int:
-        """Multiply-adds a frame of the decoder's head, which every rank repeats."""
+    def call(
+        self,
+        half: Half,
+        key: Hashable,
+        function: Callable[[Tensor], Tensor],
+        value: Tensor,
+        agree: Agree,
+        trace: Sequence[Window],
+        images: int,
+        kept_bytes: int = 0,
+    ) -> Tensor:
+        """``function(value)``, which calls this engine's ``half`` for a lone frame; an engine may record it and
+        replay what it recorded.
+
+        ``key`` names everything but the values in ``value`` that the result depends on; ``trace`` and ``images``: the
+        largest that the engine is called with; ``kept_bytes``: of what calls that are repeated read and write. All who
+        share the work call this alike, and so ``agree`` is called alike on all of them: once or twice.
+        """
+        ...
+
+    def repeats(self, call: Callable[[], None]) -> bool:
+        """If a recording is under way: leave ``call`` out of it, make it at this place of every replay, and say so.
+
+        For what is not the engine's to record: it reads and writes the very tensors that it has now.
+        """
+        ...
+
+    def kind(self, dtype: torch.dtype, device: torch.device) -> str:
+        """Which way values of that dtype take there: "fast", or plain PyTorch in so many bits, "torch16", "torch32"."""
+        ...
+
+    def estimated_bytes(
+        self,
+        half: Half,
+        trace: Sequence[Window],
+        images: int,
+        *,
+        stream: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> int:
+        """Peak over the weights of running ``half`` along ``trace``, an estimate on the safe side.
+
+        ``stream``: several latent frames, one after another.
+        """
         ...

@@ -7,11 +7,14 @@ first. A stream of frames is fed piece by piece, and what a layer must remember 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paravae.vae.plan import LocalStage
+from paravae.vae.plan import LocalStage, Window
 
 FrameCache = dict[object, Tensor]
 """By causal layer, its memory of its stream: its own last one or two input frames."""
@@ -89,22 +92,61 @@ class ResidualBlock(nn.Module):
         return self.conv2(self.norm2.silu(x), cache) + shortcut
 
 
+Together = Callable[[Tensor, int], Tensor]
+"""Takes this rank's rows of a map of the whole frame, and the axis they stand along; gives the whole."""
+
+
+@dataclass(frozen=True)
+class AttentionPart:
+    """The part of an attention that is computed here: ``given`` is what its input covers, ``wanted`` what attends.
+
+    ``gather``: brings all ranks' rows of keys and values together; None: the input covers the whole frame.
+    """
+
+    given: Window
+    wanted: Window
+    gather: Together | None = None
+
+    def together(self, rows: Tensor, axis: int) -> Tensor:
+        """The whole frame's, of what is had here; ``axis``: of the rows."""
+        return rows if self.gather is None else self.gather(rows, axis)
+
+    def cut(self, x: Tensor, axis: int) -> Tensor:
+        """``wanted`` of what covers ``given``; ``axis``: of the rows, the columns' is the next."""
+        for place, have, want in (
+            (axis, self.given.rows, self.wanted.rows),
+            (axis + 1, self.given.cols, self.wanted.cols),
+        ):
+            x = x.narrow(place, want.start - have.start, want.size)
+        return x
+
+
 class Attention(nn.Module):
     """One attention head over all positions of a frame: the only part of the network that is not local."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.channels = channels
         self.norm = RMSNorm(channels, frames=False)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, part: AttentionPart | None = None) -> Tensor:
+        """[B, C, T, H, W] -> the same, or of ``part.wanted`` only."""
         batch, channels, frames, height, width = x.shape
         pictures = x.transpose(1, 2).reshape(batch * frames, channels, height, width)
-        qkv = self.to_qkv(self.norm(pictures)).flatten(2).transpose(1, 2)[:, None]  # [B T, 1 head, H W, 3 C]
-        # Not .contiguous(), which leaves a lone token the strides that no CUDA kernel takes.
-        qkv = qkv.clone(memory_format=torch.contiguous_format)
-        attended = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        qkv = self.to_qkv(self.norm(pictures)).movedim(1, -1)  # [B T, H, W, 3 C]
+        query, keys_values = qkv.tensor_split((channels,), dim=-1)
+        if part is not None:
+            keys_values = part.together(keys_values, 1)
+            query, x = part.cut(query, 1), part.cut(x, 3)
+            height, width = x.shape[-2:]
+        # Clones, not .contiguous(), which leaves a lone token the strides that no CUDA kernel takes.
+        tokens = [
+            some.flatten(1, 2)[:, None].clone(memory_format=torch.contiguous_format)  # [B T, 1 head, tokens, C]
+            for some in (query, *keys_values.chunk(2, dim=-1))
+        ]
+        attended = F.scaled_dot_product_attention(*tokens)
         attended = attended[:, 0].transpose(1, 2).reshape(batch * frames, channels, height, width)
         return self.proj(attended).view(batch, frames, channels, height, width).transpose(1, 2) + x
 
@@ -145,7 +187,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.resample = nn.Sequential(Nearest2x(), nn.Conv2d(channels, channels // 2, 3, padding=1))
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
-        self.geometry = LocalStage("up", margin=1, channels=channels // 2, work=9 * channels * (channels // 2))
+        self.geometry = LocalStage(
+            "up", margin=1, channels=channels // 2, work=9 * channels * (channels // 2), frames_up=1 + in_time
+        )
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         if self.time_conv is not None and cache is not None:

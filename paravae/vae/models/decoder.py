@@ -1,4 +1,4 @@
-"""Latents to pixels: a head that sees the whole frame (its attention does), then a tail of local stages."""
+"""Latents to pixels: local stages, an attention that sees the whole frame, then a longer tail of local stages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from paravae.configs import VAEArchConfig
-from paravae.vae.models.blocks import CausalConv3d, FrameCache, MidBlock, ResidualBlock, RMSNorm, Upsample
+from paravae.vae.models.blocks import (
+    Attention,
+    CausalConv3d,
+    FrameCache,
+    MidBlock,
+    ResidualBlock,
+    RMSNorm,
+    Upsample,
+)
 from paravae.vae.models.stage import Stage
 from paravae.vae.plan import LocalStage
 
@@ -43,13 +51,29 @@ class Decoder(nn.Module):
         self.norm_out = RMSNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], arch.input_channels, 3)
 
+    def front(self) -> tuple[Stage, ...]:
+        """The local stages from latents to what the attention is given."""
+        width = self.conv_in.out_channels
+        work = 9 * self.conv_in.in_channels * width
+        geometry = LocalStage("same", margin=1, channels=width, work=work)
+        return (Stage(self.conv_in, geometry), Stage.of(self.mid_block.resnets[0]))
+
+    @property
+    def attention(self) -> Attention:
+        """What sees the whole frame."""
+        (attention,) = self.mid_block.attentions
+        assert isinstance(attention, Attention)
+        return attention
+
     def head(self, latents: Tensor, cache: FrameCache | None = None) -> Tensor:
-        """The part that needs the whole frame: [B, z_dim, T, h, w] -> features [B, C, T, h, w]."""
-        return self.mid_block(self.conv_in(latents, cache), cache)
+        """All up to the attention, for the whole frame: [B, z_dim, T, h, w] -> features [B, C, T, h, w]."""
+        for stage in self.front():
+            latents = stage.run(latents, cache)
+        return self.attention(latents)
 
     def tail(self) -> tuple[Stage, ...]:
-        """The local stages from features to pixels, in order."""
-        stages: list[Stage] = []
+        """The local stages from what the attention gives to pixels, in order."""
+        stages = [Stage.of(self.mid_block.resnets[1])]
         for block in self.up_blocks:
             assert isinstance(block, UpBlock)
             stages += [Stage.of(layer) for layer in block.layers()]
@@ -59,9 +83,3 @@ class Decoder(nn.Module):
 
     def _to_pixels(self, x: Tensor, cache: FrameCache | None) -> Tensor:
         return self.conv_out(self.norm_out.silu(x), cache)
-
-    def head_work(self, lat_height: int, lat_width: int) -> int:
-        """Multiply-adds of the head for one frame."""
-        width, tokens = self.conv_in.out_channels, lat_height * lat_width
-        convolutions = 9 * self.conv_in.in_channels * width + 4 * 9 * width * width + 4 * width * width
-        return tokens * convolutions + 2 * tokens * tokens * width

@@ -1,11 +1,19 @@
-"""Pixels to latents: local stages first, then a head that sees the whole frame."""
+"""Pixels to latents: local stages first, then an attention that sees the whole frame, and little after it."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from paravae.configs import VAEArchConfig
-from paravae.vae.models.blocks import CausalConv3d, Downsample, FrameCache, MidBlock, ResidualBlock, RMSNorm
+from paravae.vae.models.blocks import (
+    Attention,
+    CausalConv3d,
+    Downsample,
+    FrameCache,
+    MidBlock,
+    ResidualBlock,
+    RMSNorm,
+)
 from paravae.vae.models.stage import Stage
 from paravae.vae.plan import LocalStage
 
@@ -35,10 +43,27 @@ class Encoder(nn.Module):
         geometry = LocalStage("same", margin=1, channels=width, work=9 * self.conv_in.in_channels * width)
         return (Stage(self.conv_in, geometry), *map(Stage.of, self.down_blocks))
 
-    def head(self, features: Tensor, cache: FrameCache | None = None) -> Tensor:
-        """The part that needs the whole frame: features [B, C, T, h, w] -> [B, 2 z_dim, T, h, w]."""
-        x = self.mid_block(features, cache)
-        return self.conv_out(self.norm_out.silu(x), cache)
+    def front(self) -> tuple[Stage, ...]:
+        """The local stages from features to what the attention is given."""
+        return (Stage.of(self.mid_block.resnets[0]),)
+
+    @property
+    def attention(self) -> Attention:
+        """What sees the whole frame."""
+        (attention,) = self.mid_block.attentions
+        assert isinstance(attention, Attention)
+        return attention
+
+    @property
+    def after_attention(self) -> ResidualBlock:
+        """The block that the attention's result goes to."""
+        block = self.mid_block.resnets[1]
+        assert isinstance(block, ResidualBlock)
+        return block
+
+    def last(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        """What the attention gives for the whole frame, [B, C, T, h, w] -> [B, 2 z_dim, T, h, w]."""
+        return self.conv_out(self.norm_out.silu(self.after_attention(x, cache)), cache)
 
     @property
     def feature_channels(self) -> int:

@@ -27,10 +27,10 @@ from paravae.layers.to_pixels import tap_columns, to_pixels
 from paravae.layers.upsample import fold_upsample, upsample_conv
 from paravae.vae.models.blocks import (
     Attention,
+    AttentionPart,
     CausalConv3d,
     Downsample,
     FrameCache,
-    MidBlock,
     ResidualBlock,
     RMSNorm,
     Upsample,
@@ -102,28 +102,16 @@ class FoldedAttention:
         self._bias = projection @ wide(value_bias) + wide(attention.proj.bias)
         self._gamma = _gamma(attention.norm)
 
-    def __call__(self, flow: Flow) -> Flow:
+    def __call__(self, flow: Flow, part: AttentionPart | None = None) -> Flow:
+        """The flow of the whole frame, or of ``part.wanted`` only."""
         normed = flow.normed(self._gamma, silu=False)
-        qkv = F.linear(normed.flatten(0, 1).flatten(1, 2), self._weight, self._qkv_bias)
+        qkv = F.linear(normed.flatten(0, 1), self._weight, self._qkv_bias)  # [B F, H, W, 3 C]
         query, keys_values = qkv.tensor_split((qkv.shape[-1] // 3,), dim=-1)  # views
-        branch = wide_attention(query, keys_values).view(flow.x.shape)
+        if part is not None:
+            keys_values, query = part.together(keys_values, 1), part.cut(query, 1)
+            flow = flow.cropped(part.given, part.wanted)
+        branch = wide_attention(query.flatten(1, 2), keys_values.flatten(1, 2)).view(flow.x.shape)
         return Flow(flow.x, self._bias if flow.bias is None else self._bias + flow.bias, branch)
-
-
-class FoldedMid:
-    """``MidBlock``."""
-
-    def __init__(self, mid: MidBlock) -> None:
-        first, last = mid.resnets
-        (attention,) = mid.attentions
-        assert isinstance(first, ResidualBlock)
-        assert isinstance(last, ResidualBlock)
-        assert isinstance(attention, Attention)
-        self._first, self._last = FoldedResidual(first), FoldedResidual(last)
-        self._attention = FoldedAttention(attention)
-
-    def __call__(self, flow: Flow, cache: FrameCache | None = None) -> Flow:
-        return self._last(self._attention(self._first(flow, cache)), cache)
 
 
 class FoldedUpsample:
@@ -199,19 +187,25 @@ class FoldedDecoder:
 
     def __init__(self, post_quant_conv: CausalConv3d, decoder: Decoder) -> None:
         self._post_quant_conv = post_quant_conv
-        self._conv_in, self._mid = FoldedConv(decoder.conv_in), FoldedMid(decoder.mid_block)
+        self._conv_in = FoldedConv(decoder.conv_in)
         self._gamma, self._conv_out = _gamma(decoder.norm_out), FoldedConv(decoder.conv_out)
         self._columns = tap_columns(decoder.conv_out.weight[:, :, -1])
+        first, *front = decoder.front()
+        self._front = (Stage(self._enter, first.geometry), *map(_folded, front))
+        self.attention = FoldedAttention(decoder.attention)
         *local, last = decoder.tail()
-        self._local = tuple(Stage(_fold(stage), stage.geometry) for stage in local)
+        self._local = tuple(map(_folded, local))
         self._last_geometry = last.geometry
 
-    def head(self, latents: Tensor, cache: FrameCache | None) -> Flow:
-        """The part that needs the whole frame: [B, z, 1, h, w] -> [B, 1, h, w, C]."""
+    def front(self) -> tuple[Stage, ...]:
+        """The local stages from latents [B, z, 1, h, w] to what the attention is given."""
+        return self._front
+
+    def _enter(self, latents: Tensor, cache: FrameCache | None) -> Flow:
         z = self._post_quant_conv(latents, cache)
         whole, new = self._conv_in.room(z.movedim(1, -1), cache)
         _channels_last(z, new)
-        return self._mid(Flow(self._conv_in(whole, cache), self._conv_in.bias), cache)
+        return Flow(self._conv_in(whole, cache), self._conv_in.bias)
 
     def tail(self, *, as_uint8: bool) -> tuple[Stage, ...]:
         """The local stages, the last of which gives pixels [B, 3, F, H, W], clamped."""
@@ -237,11 +231,14 @@ class FoldedEncoder:
     """``Encoder`` with the convolution after it."""
 
     def __init__(self, encoder: Encoder, quant_conv: CausalConv3d) -> None:
-        self._conv_in, self._mid = FoldedConv(encoder.conv_in, _PIXEL_CHANNELS), FoldedMid(encoder.mid_block)
+        self._conv_in = FoldedConv(encoder.conv_in, _PIXEL_CHANNELS)
         self._gamma, self._conv_out = _gamma(encoder.norm_out), FoldedConv(encoder.conv_out)
         self._quant_conv = quant_conv
         first, *local = encoder.body()
-        self._body = (Stage(self._enter, first.geometry), *(Stage(_fold(stage), stage.geometry) for stage in local))
+        self._body = (Stage(self._enter, first.geometry), *map(_folded, local))
+        self._front = tuple(map(_folded, encoder.front()))
+        self.attention = FoldedAttention(encoder.attention)
+        self._after_attention = FoldedResidual(encoder.after_attention)
 
     def body(self) -> tuple[Stage, ...]:
         """The local stages, the first of which takes pixels [B, 3, F, H, W]."""
@@ -252,18 +249,22 @@ class FoldedEncoder:
         _channels_last(pixels, new)
         return Flow(self._conv_in(whole, cache), self._conv_in.bias)
 
-    def head(self, features: Tensor, cache: FrameCache | None) -> Tensor:
-        """The part that needs the whole frame: features [B, C, 1, h, w] -> moments [B, 2 z, 1, h, w]."""
-        flow = self._mid(Flow(features.movedim(1, -1).clone(memory_format=torch.contiguous_format)), cache)
+    def front(self) -> tuple[Stage, ...]:
+        """The local stages from a flow of features to what the attention is given."""
+        return self._front
+
+    def last(self, flow: Flow, cache: FrameCache | None) -> Tensor:
+        """What the attention gives for the whole frame -> moments [B, 2 z, 1, h, w]."""
+        flow = self._after_attention(flow, cache)
         whole, new = self._conv_out.room(flow.x, cache)
         flow.normed(self._gamma, out=new)
         moments = Flow(self._conv_out(whole, cache), self._conv_out.bias).total()
         return self._quant_conv(moments.movedim(-1, 1), cache)
 
 
-def _fold(stage: Stage) -> Callable[[Flow, FrameCache | None], Flow]:
+def _folded(stage: Stage) -> Stage:
     assert isinstance(stage.run, nn.Module)
-    return _FOLDED[type(stage.run)](stage.run)
+    return Stage(_FOLDED[type(stage.run)](stage.run), stage.geometry)
 
 
 def _gamma(norm: RMSNorm) -> Tensor:
