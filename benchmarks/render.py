@@ -2,7 +2,7 @@
 
     python -m benchmarks.render            # rewrites the blocks between the marks
     python -m benchmarks.render --check    # fails if a file would change
-    python -m benchmarks.render --plot     # draws docs/single_gpu.png as well
+    python -m benchmarks.render --plot     # draws docs/single_gpu.png and docs/scaling.png as well
 
 A block stands between ``<!-- results: NAME -->`` and ``<!-- end -->``; one whose results are not there stays.
 """
@@ -17,26 +17,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import scaling_tables
+from benchmarks.markdown import by_case, figure, machine_line, table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 PLOT = ROOT / "docs/single_gpu.png"
+SCALING_PLOT = ROOT / "docs/scaling.png"
 FILES = ("README.md", "docs/measurements.md")
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines) + "\n"
-
-
-def machine_line(report: dict[str, Any]) -> str:
-    machine = report["machine"]
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "diffusers") if machine.get(name))
-    return f"{machine['device']}, {versions}, {machine['date']}"
 
 
 def tiny() -> str:
@@ -113,16 +106,6 @@ def load_if_there(name: str) -> dict[str, Any] | None:
     return load(name) if (RESULTS / f"{name}.json").is_file() else None
 
 
-def by_case(report: dict[str, Any], what: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """The rows of decodes or encodes: {size and length: {who: row}}, in the file's order."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in report["rows"]:
-        if row["what"] == what:
-            length = f", {row['frames']} frames" if row["frames"] > 1 else ""
-            found.setdefault(row["size"] + length, {})[row["who"]] = row
-    return found
-
-
 def single_gpu(what: str) -> str | None:
     """A line a size: everyone's time, how many times as long as paravae's, and memory."""
     report = load_if_there("single_gpu")
@@ -133,9 +116,9 @@ def single_gpu(what: str) -> str | None:
     rows = []
     for case, found in by_case(report, what).items():
         own = found["paravae"]["ms"]
-        times = [_figure(found, name, "ms", "{:.1f}") for name in who]
+        times = [figure(found, name, "ms", "{:.1f}") for name in who]
         ratios = [f"{found[name]['ms'] / own:.2f}x" if "ms" in found.get(name, {}) else "-" for name in who[1:]]
-        peaks = [_figure(found, name, "peak_gib", "{:.2f}") for name in who]
+        peaks = [figure(found, name, "peak_gib", "{:.2f}") for name in who]
         rows.append([case, *times, *ratios, " / ".join(peaks)])
     head = [what, *(f"{name}, ms" for name in names), *(f"against {name}" for name in names[1:])]
     text = f"{report['args']['dtype']}, {machine_line(report)}. Peak memory over the weights: {' / '.join(names)}.\n\n"
@@ -166,20 +149,12 @@ def single_gpu_all() -> str | None:
 def _figures(row: dict[str, Any]) -> list[str]:
     if "failed" in row:
         return ["failed", *[""] * 8]
-    peak, first_peak = (_figure({"": row}, "", name, "{:.2f}") for name in ("peak_gib", "first_peak_gib"))
+    peak, first_peak = (figure({"": row}, "", name, "{:.2f}") for name in ("peak_gib", "first_peak_gib"))
     return [
         f"{row['ms']:.2f}", f"{row['p20_ms']:.2f} to {row['p80_ms']:.2f}", f"{row['max_error']:.4f}",
         f"{row['rms_error']:.5f}", "yes" if row["correct"] else "**no**", peak, first_peak,
         f"{row['matmul_share']:.0%}", f"{row['copy_share']:.0%}",
     ]  # fmt: skip
-
-
-def _figure(found: dict[str, dict[str, Any]], who: str, name: str, form: str) -> str:
-    """A value of ``who``'s row as text: "-" where there is none."""
-    row = found.get(who, {})
-    if "failed" in row:
-        return "failed"
-    return "-" if row.get(name) is None else form.format(row[name])
 
 
 def single_gpu_compile() -> str | None:
@@ -188,7 +163,7 @@ def single_gpu_compile() -> str | None:
     if report is None:
         return None
     rows = [
-        [f"{what} {case}", *(_figure(found, who, "ms", "{:.1f}") for who in report["contestants"])]
+        [f"{what} {case}", *(figure(found, who, "ms", "{:.1f}") for who in report["contestants"])]
         for what in ("decode", "encode")
         for case, found in by_case(report, what).items()
     ]
@@ -218,12 +193,20 @@ def parts() -> str | None:
     return f"{machine_line(report)}. Together {total:.2f} ms.\n\n" + table(head, rows)
 
 
+def scaling_reports() -> scaling_tables.Reports:
+    """{ranks: report} of the worlds that were run."""
+    reports = {ranks: load_if_there(f"scaling_{ranks}") for ranks in scaling_tables.WORLDS}
+    return {ranks: report for ranks, report in reports.items() if report is not None}
+
+
 BLOCKS: dict[str, Callable[[], str | None]] = {
     "single_gpu-compile": single_gpu_compile,
     "parts": parts,
     "single_gpu": lambda: single_gpu("decode"),
     "single_gpu-encode": lambda: single_gpu("encode"),
     "single_gpu-all": single_gpu_all,
+    "scaling": lambda: scaling_tables.beside_peers(scaling_reports()),
+    "scaling-all": lambda: scaling_tables.everyone(scaling_reports()),
     "tiny": tiny,
     "tiny-pictures": tiny_pictures,
     "modes-1024": modes_readme,
@@ -243,13 +226,16 @@ def render(text: str) -> str:
 
 
 def plot() -> None:
-    """Draw docs/single_gpu.png."""
-    report = load_if_there("single_gpu")
-    if report is None:
-        raise SystemExit(f"{RESULTS / 'single_gpu.json'} does not exist; python -m benchmarks.single_gpu makes it")
-    from benchmarks.plot import draw  # matplotlib: tables need not wait for it
+    """Draw the figures of docs/ whose results are there."""
+    from benchmarks import plot as single_gpu_plot  # matplotlib: tables need not wait for it
+    from benchmarks import scaling_plot
 
-    draw({what: by_case(report, what) for what in ("decode", "encode")}, NAMES, PLOT, _plot_title(report))
+    report, reports = load_if_there("single_gpu"), scaling_reports()
+    if report is not None:
+        cases = {what: by_case(report, what) for what in ("decode", "encode")}
+        single_gpu_plot.draw(cases, NAMES, PLOT, _plot_title(report))
+    if reports:
+        scaling_plot.draw(reports, SCALING_PLOT, _plot_title(reports[max(reports)]))
 
 
 def _plot_title(report: dict[str, Any]) -> str:
@@ -259,7 +245,7 @@ def _plot_title(report: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is not up to date")
-    parser.add_argument("--plot", action="store_true", help="draw docs/single_gpu.png as well")
+    parser.add_argument("--plot", action="store_true", help="draw docs/single_gpu.png and docs/scaling.png too")
     args = parser.parse_args()
     check = args.check
     if args.plot:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs GPUs, in one go: the cuda and nccl tests, the commands under torchrun, every mode timed.
+# Everything that needs GPUs, in one go: the cuda and nccl tests, the commands under torchrun, everything timed.
 #   bash benchmarks/run_gpu.sh OUTPUT_FOLDER
-# Needs torch with CUDA, pytest, pytest-timeout and diffusers; uses up to four GPUs of this host.
+# Needs torch with CUDA, pytest, pytest-timeout and diffusers, for the comparison on several GPUs distvae too (without
+# it its rows say so); uses up to four GPUs of this host.
 set -uo pipefail
 out=${1:?usage: bash benchmarks/run_gpu.sh OUTPUT_FOLDER}
 mkdir -p "$out"
@@ -18,10 +19,8 @@ step tests_kernels "$python" -m pytest -q -rs -p no:cacheprovider tests/test_lay
 [ "$gpus" -lt 2 ] || step commands bash benchmarks/check_commands.sh "$gpus"
 step tiling "$python" -m benchmarks.tiling --output "$out/tiling.json"
 for ranks in 1 2 4; do
-  [ "$ranks" -gt "$gpus" ] || step "modes_1024_bf16_$ranks" on "$ranks" -m benchmarks.modes --output "$out/modes_1024_bf16_$ranks.json"
+  [ "$ranks" -gt "$gpus" ] || step "scaling_$ranks" on "$ranks" -m benchmarks.scaling ${SGLANG:+--sglang "$SGLANG"} --minutes 6 --output "$out/scaling_$ranks.json"
 done
-[ "$gpus" -lt 2 ] || step "modes_2048_bf16_$gpus" on "$gpus" -m benchmarks.modes --size 2048x2048 --repeats 8 --output "$out/modes_2048_bf16_$gpus.json"
-[ "$gpus" -lt 2 ] || step "modes_1024_fp32_$gpus" on "$gpus" -m benchmarks.modes --dtype float32 --repeats 5 --output "$out/modes_1024_fp32_$gpus.json"
 step parts "$python" -m benchmarks.parts --output "$out/parts.json"
 step single_gpu "$python" -m benchmarks.single_gpu --peers diffusers ${SGLANG:+--sglang "$SGLANG"} --minutes 9 --output "$out/single_gpu.json"
 "$python" -m benchmarks.gpu_summary "$out" "$gpus"

@@ -28,6 +28,7 @@ VAES = f"{GEN}.runtime.models.vaes"
 # Packages whose __init__ imports the server; where their names are asked for, they come from the module beside.
 WITHOUT_INIT: dict[str, str | None] = {
     "sglang": None,
+    "sglang.srt.distributed": None,
     "sglang.srt.utils": "sglang.srt.utils.common",
     "sglang.kernels": None,
     "sglang.kernels.ops": None,
@@ -41,9 +42,13 @@ def _unchanged(vae: nn.Module) -> nn.Module:
     return vae
 
 
-# Modules of SGLang replaced whole: a type used in annotations, and the installers of other VAEs' fast paths, which
-# return a Wan or Qwen-Image VAE as it is but import what their own models need.
+# Modules of SGLang replaced whole: a type used in annotations; the installers of other VAEs' fast paths, which
+# return a Wan or Qwen-Image VAE as it is but import what their own models need; and the language models' table of
+# groups, which the diffusion side fills where it is empty, and leaves alone where it is not, as here.
 REPLACED: dict[str, dict[str, object]] = {
+    "sglang.srt.distributed.parallel_state": dict.fromkeys(
+        ("_WORLD", "_TP", "_ATTN_TP", "_MOE_TP", "_MOE_EP"), object()
+    ),
     f"{GEN}.runtime.server_args": {"ServerArgs": object},
     f"{VAES}.flux2_vae_cuda_opt": {
         "maybe_optimize_autoencoder_kl": _unchanged,
@@ -160,6 +165,7 @@ class Parts:
     config: types.ModuleType
     fast_path: types.ModuleType
     optimiser: types.ModuleType
+    distributed: types.ModuleType
     platform: Any
     version: str
     stood_in: tuple[str, ...]
@@ -193,6 +199,7 @@ def import_vae(folder: Path, kind: Kind) -> Parts:
             config = importlib.import_module(f"{GEN}.configs.models.vaes.{MODULES[kind].config}")
             fast_path = importlib.import_module(f"{VAES}.fast_path_gate")
             optimiser = importlib.import_module(f"{VAES}.wan_vae_cuda_opt")
+            distributed = importlib.import_module(f"{GEN}.runtime.distributed")
             importlib.import_module(f"{GEN}.runtime.loader.utils")
         _stood_in.extend(made)
     except PeerUnavailable:
@@ -200,6 +207,6 @@ def import_vae(folder: Path, kind: Kind) -> Parts:
     except Exception as error:  # whatever its modules raise when imported: the benchmark goes on without the peer
         raise PeerUnavailable(f"SGLang's VAE could not be imported: {type(error).__name__}: {error}") from error
     version = importlib.metadata.version("sglang")
-    parts = Parts(model, config, fast_path, optimiser, platform, version, tuple(_stood_in))
+    parts = Parts(model, config, fast_path, optimiser, distributed, platform, version, tuple(_stood_in))
     _imported[folder, kind] = parts
     return parts

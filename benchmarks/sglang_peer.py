@@ -7,6 +7,9 @@ without the fast path, and `Peer.kernels_called` counts the launches of one deco
 
     python -m benchmarks.sglang_peer FOLDER                  # equality with diffusers, small model, any machine
     python -m benchmarks.sglang_peer FOLDER --full           # full size, bfloat16: also which kernels ran
+
+On several ranks `build(parallel=...)` sets up SGLang's own process groups by its worker's function, all ranks in one
+Ulysses group as its server has them by default, and its class decodes as its `parallel_decode_mode` says.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from benchmarks.sglang_import import GEN, MODULES, REPLACED, WITHOUT_INIT, Kind,
 from paravae.launch.machine import version_of
 
 Precision = Literal["plain", "pipeline"]
+Parallel = Literal["auto", "spatial_shard"]
 
 _KERNELS = (
     "cat_pad_channels_last_3d",
@@ -100,8 +104,12 @@ def build(
     kind: Kind = "qwen",
     base_dim: int = 96,
     precision: Precision = "plain",
+    parallel: Parallel | None = None,
 ) -> Peer:
     """SGLang's class for `kind`, with these weights, as its loader would leave it on this device.
+
+    `parallel`: the mode in which the ranks of torchrun share its decodes; a collective call. Without it, or with one
+    rank, it decodes alone.
 
     `qwen` is the class SGLang serves Qwen-Image with: bfloat16 weights without autocast, which is `plain`. `wan` is
     its class for Wan 2.1, the same network with more of its path fused (biases and residuals in one kernel, the
@@ -115,12 +123,17 @@ def build(
         raise PeerUnavailable(f"SGLang sees no CUDA here: its platform is {type(parts.platform).__name__}")
     if on_cuda and not parts.optimiser._HAS_TRITON:
         raise PeerUnavailable("SGLang's Triton kernels could not be imported")
+    ranks = torch.distributed.get_world_size() if parallel and torch.distributed.is_initialized() else 1
     if kind == "wan" and torch.distributed.is_initialized():
         raise PeerUnavailable("SGLang's Wan class asks for its own process groups where torch.distributed is set up")
     autocast = dtype if kind == "wan" and precision == "pipeline" and dtype != torch.float32 else None
     held = torch.float32 if autocast else dtype
     try:
-        vae = _loaded(parts, kind, state_dict, held, device, base_dim)
+        if ranks > 1:
+            parts.distributed.maybe_init_distributed_environment_and_model_parallel(
+                tp_size=1, sp_size=ranks, ulysses_degree=ranks
+            )
+        vae = _loaded(parts, kind, state_dict, held, device, base_dim, parallel)
     except Exception as error:
         raise PeerUnavailable(f"SGLang's VAE could not be built: {type(error).__name__}: {error}") from error
 
@@ -134,6 +147,8 @@ def build(
     norms, upsamples = _fused(parts, vae)
     if on_cuda and not (norms and upsamples and vae in parts.fast_path._VAE_FAST_PATH_GATES):
         raise PeerUnavailable("SGLang's CUDA fast path was not installed; its log says why")
+    if ranks > 1 and vae._spatial_parallel_decode_enabled != (parallel == "spatial_shard"):
+        raise PeerUnavailable(f"SGLang's {parallel} is not what its class was built for on {ranks} ranks")
 
     precise = f"{held} weights under {autocast} autocast" if autocast else f"{held} weights, no autocast"
     optimised = (
@@ -147,15 +162,33 @@ def build(
     triton, diffusers = (version_of(package) or "none" for package in ("triton", "diffusers"))
     what_ran = (
         f"SGLang {parts.version}'s {type(vae).__name__} ({precise}, {optimised}; torch {torch.__version__}, "
-        f"triton {triton}, diffusers {diffusers}); not torch.compiled, as by default; "
+        f"triton {triton}, diffusers {diffusers}){_shared(parallel, ranks)}; not torch.compiled, as by default; "
         f"stood in for: the __init__ of {', '.join(WITHOUT_INIT)}; {', '.join(REPLACED)}; "
         f"absent packages {', '.join(parts.stood_in) or 'none'}"
     )
     return Peer(vae, what_ran, held, autocast, parts)
 
 
+def _shared(parallel: Parallel | None, ranks: int) -> str:
+    """In words, how the ranks share a decode."""
+    if parallel is None:
+        return ""
+    if ranks == 1:
+        return f"; parallel_decode_mode={parallel} on one rank, which shares nothing"
+    how = {"spatial_shard": "rows, the neighbours' edges before each convolution", "auto": "all on every rank"}[
+        parallel
+    ]
+    return f"; parallel_decode_mode={parallel} on {ranks} ranks, one Ulysses group ({how})"
+
+
 def _loaded(
-    parts: Parts, kind: Kind, state_dict: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, base_dim: int
+    parts: Parts,
+    kind: Kind,
+    state_dict: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    base_dim: int,
+    parallel: Parallel | None,
 ) -> nn.Module:
     """Built on the CPU in its dtype, moved, loaded and frozen, in the order of SGLang's loader."""
     utils = sys.modules[f"{GEN}.runtime.loader.utils"]
@@ -163,6 +196,8 @@ def _loaded(
     config = getattr(parts.config, f"{stem}VAEConfig")()
     config.update_model_arch({"base_dim": base_dim, "latents_mean": (0.0,) * 16, "latents_std": (1.0,) * 16})
     config.post_init()
+    if parallel is not None:
+        config.parallel_decode_mode = parallel
     with utils.set_default_torch_dtype(dtype):
         vae: nn.Module = getattr(parts.model, f"AutoencoderKL{stem}")(config)
     vae = vae.to(device)

@@ -15,19 +15,18 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.case_runner import deadline, run_cases
+from benchmarks.peers import sglang_from
 from paravae import QwenImageVAEConfig, VAEArchConfig
 from paravae.configs.cli import number, whole_number
 from paravae.launch import bench, bench_report
 from paravae.launch.bench_cases import WHATS, Case, make_cases
-from paravae.launch.bench_contest import Contest, Row
-from paravae.launch.bench_model import Model, load
-from paravae.launch.bench_peers import Peer
+from paravae.launch.bench_contest import Row
+from paravae.launch.bench_model import load
 from paravae.launch.world import Place, World, world
 
 RESULTS = Path(__file__).parent / "results/single_gpu.json"
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace, here: World, start: float) -> None:
     contest = bench.prepare(args, model, here, others)
     head = bench_report.head_of(contest, bench.shown(args))
     kept = kept_rows(args.output, head) if args.resume else []
-    rows = run_cases(contest, cases, kept, head, args.output, _deadline(start, args.minutes))
+    rows = run_cases(contest, cases, kept, head, args.output, deadline(start, args.minutes))
     bench.show(head, rows)
     bench.raise_if_incorrect(rows)
 
@@ -97,27 +96,6 @@ def all_cases(args: argparse.Namespace, arch: VAEArchConfig) -> list[Case]:
             cases += make_cases([what], args.sizes, args.frames, arch)
             cases += make_cases([what], [VIDEO], args.video_frames, arch)
     return list(dict.fromkeys(cases))
-
-
-def run_cases(
-    contest: Contest,
-    cases: Sequence[Case],
-    kept: Sequence[Row],
-    head: Mapping[str, Any],
-    output: Path,
-    out_of_time: Callable[[], bool],
-) -> list[Row]:
-    """The rows of ``kept`` and of all other cases; ``output`` has them after each."""
-    rows = list(kept)
-    done = {(row["what"], row["size"], row["frames"]) for row in kept}
-    left = [case for case in cases if (case.what, case.size, case.frames) not in done]
-    while left and not out_of_time():
-        rows += contest.run(left.pop(0))
-        bench_report.write(output, head, rows, skipped=[str(case) for case in left])
-    bench_report.write(output, head, rows, skipped=[str(case) for case in left])
-    for case in left:
-        print(f"skipped, no time left: {case}", file=sys.stderr)
-    return rows
 
 
 def kept_rows(output: Path, head: Mapping[str, Any]) -> list[Row]:
@@ -140,29 +118,8 @@ def kept_rows(output: Path, head: Mapping[str, Any]) -> list[Row]:
     return list(report["rows"])
 
 
-def sglang_from(folder: Path) -> bench.OtherPeer:
-    """SGLang's class for Qwen-Image, bfloat16 weights without autocast, as its server runs it."""
-
-    def build(model: Model, dtype: torch.dtype, device: torch.device) -> Peer:
-        from benchmarks import sglang_peer
-
-        base_dim = model.config.arch_config.base_dim
-        try:
-            peer = sglang_peer.build(model.state, dtype, device, folder=folder, base_dim=base_dim)
-        except sglang_peer.PeerUnavailable as reason:
-            raise ValueError(f"--sglang {folder}: {reason}") from reason
-        return Peer("sglang", peer.what_ran, peer.decode, peer.encode)
-
-    return build
-
-
 def _undated(machine: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in machine.items() if name != "date"}
-
-
-def _deadline(start: float, minutes: float | None) -> Callable[[], bool]:
-    """Whether the time is up."""
-    return lambda: minutes is not None and time.monotonic() > start + 60 * minutes
 
 
 if __name__ == "__main__":

@@ -79,6 +79,11 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
         help="time these in the same run: diffusers, its own class as it comes; compile, the same with channels-last "
         "weights and torch.compile (default: none)",
     )
+    add_timing_flags(parser)
+
+
+def add_timing_flags(parser: argparse.ArgumentParser) -> None:
+    """How it is timed."""
     parser.add_argument(
         "--dtype", choices=_NARROW_DTYPES, default="bfloat16", help="dtype of weights and input (default: bfloat16)"
     )
@@ -124,10 +129,7 @@ def run(args: argparse.Namespace, place: Place) -> None:
 
 def check_flags(args: argparse.Namespace, config: QwenImageVAEConfig, here: World) -> None:
     """Raise ValueError or OSError for what can be known to be wrong before anything is loaded."""
-    for name, least in (("repeats", 1), ("warmup", _LEAST_WARMUP[here.device.type])):
-        if getattr(args, name) < least:
-            why = ": the second call of a shape may capture a CUDA graph" if least == 3 else ""
-            raise ValueError(f"--{name} is {getattr(args, name)}, needs at least {least}{why}")
+    check_timing_and_output(args, here)
     if args.peers and here.size > 1:
         raise ValueError(
             f"--peers {' '.join(args.peers)} with {here.size} ranks: peers run on one GPU; "
@@ -138,6 +140,14 @@ def check_flags(args: argparse.Namespace, config: QwenImageVAEConfig, here: Worl
         if not getattr(config, f"load_{half}") and (what in args.what or args.peers):
             who = "--peers need both halves" if what not in args.what else f"--what {what} needs the {half}"
             raise ValueError(f"--vae-config.load-{half} is false, but {who}")
+
+
+def check_timing_and_output(args: argparse.Namespace, here: World) -> None:
+    """Raise ValueError or OSError if results cannot be measured or written so."""
+    for name, least in (("repeats", 1), ("warmup", _LEAST_WARMUP[here.device.type])):
+        if getattr(args, name) < least:
+            why = ": the second call of a shape may capture a CUDA graph" if least == 3 else ""
+            raise ValueError(f"--{name} is {getattr(args, name)}, needs at least {least}{why}")
     if args.output:
         if args.output.suffix != ".json":
             raise ValueError(f"--output {args.output}: results are written as JSON; give a name that ends in .json")

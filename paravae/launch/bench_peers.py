@@ -13,6 +13,7 @@ from torch import Tensor
 
 import paravae
 from paravae import AutoencoderKLQwenImage, VAEArchConfig
+from paravae.launch.bench_errors import OURS
 
 Tensors = Callable[[Tensor], Tensor]
 
@@ -28,6 +29,10 @@ class Peer:
     """Latents [B, 16, T, h, w] -> pixels [B, 3, F, 8 h, 8 w] in [-1, 1]."""
     encode: Tensors
     """Pixels [B, 3, F, 8 h, 8 w] -> the posterior's mean [B, 16, T, h, w]."""
+    alone: bool = False
+    """It is one device's work: of several ranks the first does it, and the others wait."""
+    tiles: Tensors | None = None
+    """Of an approximate decode: the same one as its own authors give it on one device, which it is held against."""
 
     def call(self, what: str) -> Tensors:
         """``decode`` or ``encode``."""
@@ -38,27 +43,50 @@ PeerBuilder = Callable[[VAEArchConfig, Mapping[str, Tensor], torch.dtype, torch.
 """(architecture, fp32 weights under the published names, dtype, device) -> the peer, loaded."""
 
 
-def ours(vae: AutoencoderKLQwenImage) -> Peer:
+def ours(vae: AutoencoderKLQwenImage, name: str = OURS, *, alone: bool = False) -> Peer:
     """paravae itself, by its public interface."""
     how = f"{type(vae.engine).__name__}, engine={vae.config.engine!r}"
+    if vae.config.use_parallel_decode:
+        how += f", use_parallel_decode, parallel_decode_mode={vae.config.parallel_decode_mode!r}"
     return Peer(
-        name="paravae",
+        name=name,
         what_ran=f"paravae {paravae.__version__}, {how}",
         decode=vae.decode,
         encode=lambda pixels: vae.encode(pixels).mode(),
+        alone=alone,
     )
+
+
+def diffusers_vae(
+    arch: VAEArchConfig, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> tuple[Any, str]:
+    """diffusers' own class with these weights, and its version."""
+    import diffusers
+
+    with torch.device("meta"):
+        vae: Any = diffusers.AutoencoderKLQwenImage(
+            base_dim=arch.base_dim,
+            z_dim=arch.z_dim,
+            dim_mult=list(arch.dim_mult),
+            num_res_blocks=arch.num_res_blocks,
+            temperal_downsample=list(arch.temperal_downsample),
+            input_channels=arch.input_channels,
+        )
+    tensors = {key: tensor.to(device, dtype, copy=True) for key, tensor in state.items()}
+    vae.load_state_dict(tensors, assign=True)
+    return vae.requires_grad_(False).eval(), diffusers.__version__
 
 
 def diffusers_peer(arch: VAEArchConfig, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Peer:
     """diffusers' own class, run eagerly, as it comes."""
-    vae, version = _diffusers_vae(arch, state, dtype, device)
+    vae, version = diffusers_vae(arch, state, dtype, device)
     what_ran = f"diffusers {version}, AutoencoderKLQwenImage, eager, PyTorch's default settings, no tiling"
-    return Peer("diffusers", what_ran, *_calls(vae))
+    return Peer("diffusers", what_ran, *_calls(vae), alone=True)
 
 
 def compiled_peer(arch: VAEArchConfig, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Peer:
     """diffusers' own class with channels-last weights and its decoder and encoder compiled for each shape."""
-    vae, version = _diffusers_vae(arch, state, dtype, device)
+    vae, version = diffusers_vae(arch, state, dtype, device)
     for parameter in vae.parameters():
         if parameter.dim() in (4, 5):
             formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -73,7 +101,7 @@ def compiled_peer(arch: VAEArchConfig, state: Mapping[str, Tensor], dtype: torch
         f"diffusers {version}, AutoencoderKLQwenImage, channels-last weights, decoder and encoder compiled by "
         "torch.compile(dynamic=False), no tiling"
     )
-    return Peer("compile", what_ran, *_calls(vae))
+    return Peer("compile", what_ran, *_calls(vae), alone=True)
 
 
 PEERS: dict[str, PeerBuilder] = {"diffusers": diffusers_peer, "compile": compiled_peer}
@@ -94,25 +122,6 @@ def check_peers(names: list[str], device: torch.device) -> None:
         raise ValueError(
             "--peers compile: torch.compile needs Triton on a GPU, and it is not installed; pip install triton"
         )
-
-
-def _diffusers_vae(
-    arch: VAEArchConfig, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-) -> tuple[Any, str]:
-    import diffusers
-
-    with torch.device("meta"):
-        vae: Any = diffusers.AutoencoderKLQwenImage(
-            base_dim=arch.base_dim,
-            z_dim=arch.z_dim,
-            dim_mult=list(arch.dim_mult),
-            num_res_blocks=arch.num_res_blocks,
-            temperal_downsample=list(arch.temperal_downsample),
-            input_channels=arch.input_channels,
-        )
-    tensors = {key: tensor.to(device, dtype, copy=True) for key, tensor in state.items()}
-    vae.load_state_dict(tensors, assign=True)
-    return vae.requires_grad_(False).eval(), diffusers.__version__
 
 
 def _calls(vae: Any) -> tuple[Tensors, Tensors]:

@@ -12,17 +12,18 @@ from rich.table import Table
 
 from paravae import AutoencoderKLQwenImage
 from paravae.files import whole_file
-from paravae.launch.bench_contest import Contest, Row
+from paravae.launch.bench_contest import COMPARED_WORDS, Contest, Row
 from paravae.launch.bench_cost import COST_WORDS
-from paravae.launch.bench_errors import CORRECT_WORDS, OURS
-from paravae.launch.bench_peers import ours
+from paravae.launch.bench_errors import CORRECT_WORDS, OURS, is_ours
+from paravae.launch.bench_peers import Peer, ours
 from paravae.launch.bench_timing import MEMORY_WORDS
 from paravae.launch.machine import describe
 
 _TIME_WORDS = (
     "ms, p20_ms, p80_ms: median and percentiles over repeats of single calls, by CUDA events on a GPU (the clock on a "
-    "CPU), the device idle before each, after the warm-up calls; all contestants in turns, a call each a round; of the "
-    "slowest rank. The input is on the device before, the result stays there."
+    "CPU), the device idle before each, after the warm-up calls and one more; all contestants in turns, a call each a "
+    "round (together: false: one after another, for want of memory); calls: how many were timed. On several ranks all "
+    "start each call together and the slowest one's time counts. The input is on the device before, the result stays."
 )
 _HEADINGS = (
     "what", "size", "frames", "who", "ms", "p20..p80", "x", "RMS error", "max error", "peak GiB", "of matmul rate",
@@ -32,14 +33,21 @@ _HEADINGS = (
 
 def head_of(contest: Contest, args: Mapping[str, Any]) -> dict[str, Any]:
     """All of the result file but its rows. ``args``: the flags, as typed or by default."""
-    with torch.device("meta"):
-        own = ours(AutoencoderKLQwenImage(contest.model.config))  # only to say what it is
+    with torch.device("meta"):  # only to say what they are
+        own = [ours(AutoencoderKLQwenImage(run.config), run.name, alone=run.alone) for run in contest.own]
+    ranks = contest.here.size
     return {
         "what": f"time, errors and memory at batch 1: {contest.model.name}",
         "machine": describe(contest.here.size),
         "args": {name: _plain_value(value) for name, value in args.items()},
-        "contestants": {peer.name: peer.what_ran for peer in (own, *contest.peers)},
-        "notes": {"times": _TIME_WORDS, "errors": CORRECT_WORDS, "memory": MEMORY_WORDS, "cost": COST_WORDS},
+        "contestants": {peer.name: _what_ran(peer, ranks) for peer in (*own, *contest.peers)},
+        "notes": {
+            "times": _TIME_WORDS,
+            "errors": CORRECT_WORDS,
+            "compared": COMPARED_WORDS,
+            "memory": MEMORY_WORDS,
+            "cost": COST_WORDS,
+        },
         "rates": dict(contest.rates),
     }
 
@@ -66,9 +74,9 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
 def incorrect(rows: Sequence[Row]) -> list[str]:
     """paravae's own rows that are not correct, in words."""
     return [
-        f"{row['what']} {row['size']}, frames {row['frames']}: RMS error {row['rms_error']:.3g}"
+        f"{row['what']} {row['size']}, frames {row['frames']}{_run_of(row)}: RMS error {row['rms_error']:.3g}"
         for row in rows
-        if row["who"] == OURS and not row["correct"]
+        if is_ours(row) and not row["correct"]
     ]
 
 
@@ -90,6 +98,14 @@ def _cells(row: Row, own: Row) -> tuple[str, ...]:
         f"{row['copy_share']:.1%}",
         "yes" if row["correct"] else "NO",
     )
+
+
+def _run_of(row: Row) -> str:
+    return "" if row["who"] == OURS else f", {row['who']}"
+
+
+def _what_ran(peer: Peer, ranks: int) -> str:
+    return f"{peer.what_ran}; rank 0 alone, the others wait" if peer.alone and ranks > 1 else peer.what_ran
 
 
 def _plain_value(value: Any) -> Any:

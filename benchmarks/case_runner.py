@@ -1,0 +1,48 @@
+"""Cases one after another while there is time; the result file is replaced after each."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from paravae.launch import bench_report
+from paravae.launch.bench_cases import Case
+from paravae.launch.bench_contest import Contest, Row
+
+
+def run_cases(
+    contest: Contest,
+    cases: Sequence[Case],
+    kept: Sequence[Row],
+    head: Mapping[str, Any],
+    output: Path,
+    out_of_time: Callable[[], bool],
+) -> list[Row]:
+    """The rows of ``kept`` and of all other cases; ``output`` has them after each.
+
+    Every rank calls; as soon as one is out of time, none begins another case.
+    """
+    rows = list(kept)
+    done = {(row["what"], row["size"], row["frames"]) for row in kept}
+    left = [case for case in cases if (case.what, case.size, case.frames) not in done]
+
+    def write() -> None:
+        with contest.here.group.agreement("write the results"):
+            if contest.here.rank == 0:
+                bench_report.write(output, head, rows, skipped=[str(case) for case in left])
+
+    while left and contest.here.group.minimum("time left", int(not out_of_time())):
+        rows += contest.run(left.pop(0))
+        write()
+    write()
+    for case in left if contest.here.rank == 0 else ():
+        print(f"skipped, no time left: {case}", file=sys.stderr)
+    return rows
+
+
+def deadline(start: float, minutes: float | None) -> Callable[[], bool]:
+    """Whether ``minutes`` have passed since ``start`` (of ``time.monotonic``)."""
+    return lambda: minutes is not None and time.monotonic() > start + 60 * minutes
