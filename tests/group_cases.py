@@ -13,6 +13,7 @@ from paravae import AutoencoderKLQwenImage
 from paravae.vae import comm
 from paravae.vae.comm import RankGroup
 from paravae.vae.plan import grids, local_work, plan_patches
+from paravae.vae.presence import Presence
 from tests.builders import max_error, pictures
 from tests.case_tools import TILES, alone, latents_for, parallel_vae
 from tests.fault_cases import error_of, expect
@@ -92,22 +93,30 @@ def collectives_counted(here: Rank, method: str, agreements: int) -> str:
         gathers.append(shard.numel() * shard.element_size())
         return original(output, shard, **options)
 
+    rows: list[int] = []
+    exchange = Presence.exchange
+
+    def counted_rows(presence: Presence, row: bytes) -> dict[int, bytes]:
+        rows.append(len(row))
+        return exchange(presence, row)
+
     comm._all_gather_single = counted  # type: ignore[assignment]
+    Presence.exchange = counted_rows  # type: ignore[method-assign]
     for name in kept:
         setattr(dist, name, lambda *_, name=name, **__: others.append(name))
     try:
         call()
     finally:
         comm._all_gather_single = original
+        Presence.exchange = exchange  # type: ignore[method-assign]
         for name, function in kept.items():
             setattr(dist, name, function)
     assert others == []
     if here.size == 1:
-        assert gathers == []
+        assert gathers == rows == []
         return "fine"
-    data = [size for size in gathers if size != comm._ROW_BYTES]
-    assert len(gathers) - len(data) == agreements, gathers
-    assert data == _shard_bytes(vae, method, here.size), gathers
+    assert rows == [comm._ROW_BYTES] * agreements
+    assert gathers == _shard_bytes(vae, method, here.size), gathers
     return "fine"
 
 

@@ -1,9 +1,10 @@
 """The ranks that share a decode: which they are, how they keep in step, how their shards come together.
 
 The group is a value that is passed in; there is no global one. Three planes: *data*, the group's own backend (NCCL on
-GPUs), carries all-gathers of equally padded shards; *control*, a gloo group over the same ranks, carries small rows of
-fixed size between hosts; *presence*, a socket between every two, tells when a process has ended. Errors therefore reach
-every rank before any rank enters an all-gather, and a rank that is killed leaves nobody waiting.
+GPUs), carries all-gathers of equally padded shards; *presence*, a socket between every two, carries small rows of fixed
+size and tells when a process has ended; *control*, a gloo group over the same ranks, lets them find each other, and
+carries the rows where sockets cannot be had. Errors therefore reach every rank before any rank enters an all-gather,
+and a rank that is killed leaves nobody waiting.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paravae.vae.presence import Presence
+from paravae.vae.presence import GoneError, Presence
 
 logger = logging.getLogger("paravae")
 
@@ -33,7 +34,8 @@ _ROW_HEAD = struct.Struct("!Bq")  # kind, number; then a message in UTF-8, cut t
 _TEXT_BYTES = 400  # of a longer text, in one row
 _FINE, _INPUT_ERROR, _FAILURE = 0, 1, 2
 
-_EAGER_S = 2e-3  # a wait this long keeps the processor, lest a wake-up be added to it
+_EAGER_S = 0.05  # a wait up to this long keeps the processor, lest a wake-up be added to it
+_GRACE_S = 1.0
 _PAUSE_S = 2e-4
 _LOOK_EVERY_S = 0.05  # for ranks that are gone
 _BLAME_S = 3.0  # for a closed socket to show which rank broke a connection
@@ -102,16 +104,25 @@ class RankGroup:
         return RankGroup(rank, size, process_group, group.control, group._meet())
 
     def _meet(self) -> Presence | None:
+        """The ranks' lines, if all of them have theirs."""
+        presence, reason = None, ""
         try:
-            return Presence.meet(self.rank, self.size, lambda text: [row.message for row in self._exchange(text)])
+            presence = Presence.meet(self.rank, self.size, lambda text: [row.message for row in self._exchange(text)])
         except OSError as error:
-            logger.warning(
-                "rank %d cannot connect to the others (%s): should one be killed, it will wait for the time limit "
-                "of torch.distributed",
-                self.rank,
-                error,
-            )
-            return None
+            reason = str(error)
+        rows = self._exchange(reason, int(presence is not None))
+        if all(row.number for row in rows):
+            return presence
+        if presence is not None:
+            presence.close()
+        rank, reason = next((rank, row.message) for rank, row in enumerate(rows) if not row.number)
+        logger.warning(
+            "rank %d cannot connect to the others (%s): they go by gloo, which is slower, and should one be killed the "
+            "others may wait for the time limit of torch.distributed",
+            rank,
+            reason,
+        )
+        return None
 
     # -------------------------------------------------------------------------------------------- in step
 
@@ -214,14 +225,25 @@ class RankGroup:
     def _exchange(self, message: str, number: int = 0, failure: Exception | None = None) -> list[_Row]:
         """Every rank's row, if no rank came with a failure."""
         own = _Row.of(message, number, failure).packed()
-        gathered = own.new_empty((self.size, *own.shape))
-        self._run(lambda **how: _all_gather_single(gathered.view(-1), own, group=self.control, **how), own)
-        rows = [_Row.unpacked(row) for row in gathered]
+        rows = [_Row.unpacked(row) for row in self._rows(own)]
         for rank, row in enumerate(rows):
             if row.kind != _FINE:
                 text = f"rank {rank} of {self.size} failed: {row.message}"
                 raise RankError(text, rank=rank, input_error=row.kind == _INPUT_ERROR, group=self)
         return rows
+
+    def _rows(self, own: bytes) -> list[bytes]:
+        """Every rank's row."""
+        if self.presence is None:
+            row = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+            gathered = row.new_empty((self.size, *row.shape))
+            self._run(lambda **how: _all_gather_single(gathered.view(-1), row, group=self.control, **how), row)
+            return [bytes(row.numpy()) for row in gathered]
+        try:
+            rows = {self.rank: own, **self.presence.exchange(own)}
+        except GoneError as gone:
+            raise self._error_of_gone(gone.rank, "the ranks were to go on together") from None
+        return [rows[rank] for rank in range(self.size)]
 
     def _run(self, collective: Callable[..., Any], like: Tensor) -> None:
         """Start a collective. On CPU tensors wait for it too, as long as all ranks are there."""
@@ -240,13 +262,18 @@ class RankGroup:
             raise RankError(text, rank=self.rank, input_error=False, group=self) from error
 
     def _wait_for(self, done: Callable[[], bool], meanwhile: str) -> None:
+        """A rank that ends while this one waits may have done its part before: so wait a little longer."""
         started = looked = time.monotonic()
+        deadline: float | None = None
         while not done():
             now = time.monotonic()
             time.sleep(0 if now - started < _EAGER_S else _PAUSE_S)
-            if now - looked > _LOOK_EVERY_S:
-                looked = now
+            if deadline is not None and now > deadline:
                 self._raise_if_gone(meanwhile)
+            elif deadline is None and now - looked > _LOOK_EVERY_S:
+                looked = now
+                if self.presence is not None and self.presence.gone() is not None:
+                    deadline = now + _GRACE_S
 
     def _raise_if_gone(self, meanwhile: str, wait_s: float = 0) -> None:
         """``wait_s``: how long to wait for a rank to be gone, where something says that one is."""
@@ -254,12 +281,16 @@ class RankGroup:
         while self.presence is not None:
             rank = self.presence.gone()
             if rank is not None:
-                self._abort()
-                text = f"rank {rank} of {self.size} is gone ({self.presence.name(rank)} ended) while {meanwhile}"
-                raise RankError(text, rank=rank, input_error=False, group=self)
+                raise self._error_of_gone(rank, meanwhile)
             if time.monotonic() >= deadline:
                 return
             time.sleep(_PAUSE_S)
+
+    def _error_of_gone(self, rank: int, meanwhile: str) -> RankError:
+        assert self.presence is not None
+        self._abort()
+        text = f"rank {rank} of {self.size} is gone ({self.presence.name(rank)} ended) while {meanwhile}"
+        return RankError(text, rank=rank, input_error=False, group=self)
 
     def _abort(self) -> None:
         """Stop NCCL's kernels, which would wait for a rank that is gone for ever and keep the GPU from all else."""
@@ -327,15 +358,14 @@ class _Row:
         kind = _INPUT_ERROR if isinstance(failure, ValueError) else _FAILURE
         return _Row(kind, number, f"{type(failure).__name__}: {failure}")
 
-    def packed(self) -> Tensor:
-        row = bytearray(_ROW_HEAD.pack(self.kind, self.number) + self.message.encode())[:_ROW_BYTES]
-        return torch.frombuffer(row.ljust(_ROW_BYTES, b"\0"), dtype=torch.uint8)
+    def packed(self) -> bytes:
+        row = _ROW_HEAD.pack(self.kind, self.number) + self.message.encode()
+        return row[:_ROW_BYTES].ljust(_ROW_BYTES, b"\0")
 
     @staticmethod
-    def unpacked(row: Tensor) -> _Row:
-        data = bytes(row.numpy())
-        kind, number = _ROW_HEAD.unpack_from(data)
-        return _Row(kind, number, data[_ROW_HEAD.size :].rstrip(b"\0").decode(errors="replace"))
+    def unpacked(row: bytes) -> _Row:
+        kind, number = _ROW_HEAD.unpack_from(row)
+        return _Row(kind, number, row[_ROW_HEAD.size :].rstrip(b"\0").decode(errors="replace"))
 
 
 def _control_group(process_group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -2,8 +2,9 @@
 
 The model: a decode takes a fixed time (launches, and the small kernels that leave a GPU idle), a time for each
 multiply-add that depends on the size of the activations it happens at, a time for each multiply-add of the attention,
-and, where ranks share, the gathers. ``paravae bench calibrate`` measures the constants; machines.json has those of the
-GPUs it has been run on, and says of the others where theirs come from.
+and, where there are several ranks, a time for keeping in step and the gathers. It is linear in its constants, which is
+how ``paravae bench calibrate`` finds them; machines.json has those of the GPUs it has been run on, and says of the
+others where theirs come from.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class Rates:
     """Of one engine on one GPU. ``conv_ms``: for 10^9 multiply-adds of convolutions, by the size of their output: at
     latent size, twice, four, eight times that. ``attention_ms``: for 10^9 of the attention. ``fixed_ms``: once a
     decode; ``frame_ms``: once for each later latent frame of a stream, whose convolutions take ``stream`` times as
-    long for the same multiply-adds. ``blend_ms``: for 10^6 pixels of all tiles together.
+    long for the same multiply-adds. ``blend_ms``: for 10^6 pixels of all tiles together. ``cut_ms``: for 10^9
+    multiply-adds of a window narrower than its picture, over ``conv_ms``: rows then are no one piece of memory, so that
+    cutting copies, and the widths are odd; two halves side by side took 5 to 10 % longer than two one above the other.
     """
 
     fixed_ms: float
@@ -37,6 +40,7 @@ class Rates:
     frame_ms: float
     stream: float
     blend_ms: float
+    cut_ms: float = 0.0
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Rates:
@@ -51,10 +55,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Link:
-    """Between the GPUs: what a gather takes before its bytes, and the 10^9 bytes a second that a rank receives."""
+    """Between the GPUs: what a gather takes before its bytes, and the 10^9 bytes a second that a rank receives.
+
+    ``step_ms``: once a decode of several ranks, whoever does the work: they agree that all is well before and after.
+    """
 
     latency_ms: float
     gb_per_s: float
+    step_ms: float = 0.0
 
     def gather_ms(self, shard_bytes: int, ranks: int) -> float:
         """An all-gather of equal shards."""
@@ -143,7 +151,7 @@ class DecodeCost:
 
     def patch_ms(self, patches: PatchPlan, ranks: int) -> float:
         """Of the busiest rank, with the gathers among ``ranks``; a lone window is each rank's own."""
-        slowest = max(self._rank_ms(patches, rank) for rank in range(len(patches.traces)))
+        slowest = max(self._rank_ms(patches, rank) for rank in range(len(patches.traces))) + self._step_ms(ranks)
         return slowest if len(patches.traces) == 1 else slowest + self._exchange_ms(patches, ranks)
 
     def tiled_ms(self, tiles: TilePlan, ranks: int) -> float:
@@ -153,8 +161,11 @@ class DecodeCost:
         calls = -(-share // tiles.batch)
         ms = calls * self._ms(front, trace, (trace[0].area, trace[0].area), tiles.batch * batch)
         tile_px = batch * self._pixel_frames * trace[-1].area
-        ms += self.rates.blend_ms * len(tiles.tiles) * tile_px / 1e6
+        ms += self.rates.blend_ms * len(tiles.tiles) * tile_px / 1e6 + self._step_ms(ranks)
         return ms + self.link.gather_ms(share * 3 * tile_px * self.value_bytes, ranks)
+
+    def _step_ms(self, ranks: int) -> float:
+        return self.link.step_ms if ranks > 1 else 0.0
 
     @property
     def _tokens(self) -> int:
@@ -178,12 +189,14 @@ class DecodeCost:
     def _ms(self, front: Sequence[Window], trace: Sequence[Window], attention: tuple[int, int], images: int) -> float:
         """The head along ``front``, its attention of (queries, tokens), and the tail along ``trace``."""
         one = plan.attention_work(self.channels, *attention) / _GIGA * self.rates.attention_ms
+        cut_ms = self.rates.cut_ms if 0 < trace[0].cols.size < front[-1].cols.size else 0.0
 
         def frame_ms(stream: bool) -> float:
             head = sum(plan.work_by_size(self.front, front, stream=stream))
             head += plan.projections_work(self.channels, front[-1].area)
             tail = plan.work_by_size(self.tail, trace, stream=stream)
             convolutions = self.rates.convolutions_ms([head]) + self.rates.convolutions_ms(tail)
+            convolutions += sum(tail) / _GIGA * cut_ms
             return images * (one + convolutions * (self.rates.stream if stream else 1))
 
         later = self.shape[2] - 1

@@ -63,6 +63,8 @@ class Flow:
 
     def cropped(self, have: Window, want: Window) -> Flow:
         """``want`` of what covers ``have``."""
+        if isinstance(self.branch, Deferred):
+            self.total()  # one kernel with the sum
 
         def cut(x: Tensor) -> Tensor:
             return crop(x.movedim(-1, 0), have, want).movedim(0, -1)
