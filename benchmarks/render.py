@@ -2,7 +2,7 @@
 
     python -m benchmarks.render            # rewrites the blocks between the marks
     python -m benchmarks.render --check    # fails if a file would change
-    python -m benchmarks.render --plot     # draws docs/single_gpu.png and docs/scaling.png as well
+    python -m benchmarks.render --plot     # draws the figures of docs/ as well
 
 A block stands between ``<!-- results: NAME -->`` and ``<!-- end -->``; one whose results are not there stays.
 """
@@ -17,13 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import scaling_tables
+from benchmarks import scaling_tables, simulation_tables
 from benchmarks.markdown import by_case, figure, machine_line, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 PLOT = ROOT / "docs/single_gpu.png"
 SCALING_PLOT = ROOT / "docs/scaling.png"
+SIMULATION_PLOT = ROOT / "docs/simulation.png"
 FILES = ("README.md", "docs/measurements.md")
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -207,6 +208,8 @@ BLOCKS: dict[str, Callable[[], str | None]] = {
     "single_gpu-all": single_gpu_all,
     "scaling": lambda: scaling_tables.beside_peers(scaling_reports()),
     "scaling-all": lambda: scaling_tables.everyone(scaling_reports()),
+    "scaling-plans": lambda: scaling_tables.plans(scaling_reports()),
+    "simulation": lambda: simulation_tables.times(load_if_there("simulation")),
     "tiny": tiny,
     "tiny-pictures": tiny_pictures,
     "modes-1024": modes_readme,
@@ -228,7 +231,7 @@ def render(text: str) -> str:
 def plot() -> None:
     """Draw the figures of docs/ whose results are there."""
     from benchmarks import plot as single_gpu_plot  # matplotlib: tables need not wait for it
-    from benchmarks import scaling_plot
+    from benchmarks import scaling_plot, simulation_plot
 
     report, reports = load_if_there("single_gpu"), scaling_reports()
     if report is not None:
@@ -236,6 +239,8 @@ def plot() -> None:
         single_gpu_plot.draw(cases, NAMES, PLOT, _plot_title(report))
     if reports:
         scaling_plot.draw(reports, SCALING_PLOT, _plot_title(reports[max(reports)]))
+    if (simulated := load_if_there("simulation")) is not None:
+        simulation_plot.draw(simulated, SIMULATION_PLOT)
 
 
 def _plot_title(report: dict[str, Any]) -> str:
@@ -245,7 +250,7 @@ def _plot_title(report: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is not up to date")
-    parser.add_argument("--plot", action="store_true", help="draw docs/single_gpu.png and docs/scaling.png too")
+    parser.add_argument("--plot", action="store_true", help="draw the figures of docs/ too")
     args = parser.parse_args()
     check = args.check
     if args.plot:

@@ -34,6 +34,7 @@ from paravae.launch.bench_peers import Peer, diffusers_peer
 from paravae.launch.cli import Parser
 from paravae.launch.errors import agreed, leave_at_once, report
 from paravae.launch.models import DTYPES
+from paravae.launch.planned import Way
 from paravae.launch.world import Place, World, place_from_environment, world
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,7 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--sglang", type=Path, metavar="FOLDER", help="where benchmarks/fetch_sglang.sh laid SGLang out"
     )
     parser.add_argument("--tiled", action="store_true", help="time paravae's tiles too")
-    parser.add_argument("--plans", action="store_true", help="time each way that paravae's auto chooses from")
+    parser.add_argument(
+        "--plans",
+        action="store_true",
+        help="time every way that auto chooses from: each grid of windows, head shared or not, each rank alone, tiles",
+    )
     bench.add_timing_flags(parser)
     parser.add_argument(
         "--seconds",
@@ -144,13 +149,10 @@ def chosen_peers(args: argparse.Namespace, ranks: int) -> list[str]:
 def own_runs(args: argparse.Namespace, config: QwenImageVAEConfig, ranks: int) -> list[Own]:
     """paravae as users get it, as one GPU of several has it, and the ways that were asked for."""
     shared = replace(config, use_parallel_decode=True)
-    modes = ["patch"] * args.plans + ["tiled"] * (args.plans or args.tiled)
     alone = [Own(config, "paravae-alone", alone=True)] if ranks > 1 else []
-    return [
-        Own(shared),
-        *alone,
-        *(Own(replace(shared, parallel_decode_mode=mode), f"paravae-{mode}") for mode in modes),
-    ]
+    ways = [Own(shared, f"paravae-{way.name}", way=way) for way in (Way.all_of(ranks) if args.plans else ())]
+    tiled = [Own(replace(shared, parallel_decode_mode="tiled"), "paravae-tiled")] * (args.plans or args.tiled)
+    return [Own(shared), *alone, *ways, *tiled]
 
 
 def prepare(args: argparse.Namespace, model: Model, here: World) -> Contest:

@@ -12,7 +12,6 @@ OURS, OURS_ALONE, DIFFUSERS = "paravae", "paravae-alone", "diffusers"
 NAMES = {
     OURS: "paravae",
     OURS_ALONE: "paravae, one GPU",
-    "paravae-patch": "paravae patch",
     "paravae-tiled": "paravae tiled",
     DIFFUSERS: "diffusers, one GPU",
     "sglang-spatial_shard": "SGLang spatial_shard",
@@ -52,9 +51,30 @@ def everyone(reports: Reports) -> str | None:
         [case, str(ranks), NAMES[who], *_figures(row)]
         for case, ranks, found in each_case(reports)
         for who, row in found.items()
+        if who in NAMES
     ]
     head = ["decode", "ranks", "who", "ms", "p20 to p80", "calls", "max error", "RMS error", "correct"]
     return _text(reports, [*head, "largest difference from one GPU", "peak GiB a rank", "what ran"], rows)
+
+
+def plans(reports: Reports) -> str | None:
+    """A line for each way to decode, of the cases of which all were timed: measured beside predicted, fastest first."""
+    rows = []
+    for case, ranks, found in each_case(reports):
+        ways = [row for who, row in found.items() if is_way(who) and "ms" in row]
+        chosen = found[OURS].get("ran")
+        for row in sorted(ways, key=lambda row: row["ms"]):
+            error = f"{row['predicted_ms'] / row['ms'] - 1:+.0%}"
+            mark = "chosen" if row["ran"] == chosen else ""
+            rows.append([case, str(ranks), row["ran"], f"{row['ms']:.2f}", f"{row['predicted_ms']:.2f}", error, mark])
+    if not rows:
+        return None
+    return _text(reports, ["decode", "ranks", "plan", "ms", "predicted, ms", "error", "auto"], rows)
+
+
+def is_way(who: str) -> bool:
+    """Whether a contestant is one of the ways of decoding that auto chooses from."""
+    return who == "paravae-tiled" or (who.startswith("paravae-") and who not in NAMES)
 
 
 def each_case(reports: Reports) -> Iterator[tuple[str, int, Found]]:

@@ -66,27 +66,31 @@ def pixel_size(text: str) -> tuple[int, int]:
 
 
 def make_cases(
-    whats: Sequence[str], sizes: Sequence[tuple[int, int]], frames: Sequence[int], arch: VAEArchConfig
+    whats: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    frames: Sequence[int],
+    arch: VAEArchConfig,
+    flag: str = "--sizes",
 ) -> list[Case]:
-    """Every combination, each once: images before videos, decodes before encodes.
+    """Every combination, each once: images before videos, decodes before encodes. ``flag``: that named the sizes.
 
     Raises:
         ValueError: the model has no pictures of such a size or length.
     """
     for width, height in sizes:
-        _check_size(width, height, arch.spatial_ratio)
+        _check_size(flag, width, height, arch.spatial_ratio)
     for count in frames:
         _check_frames(count, arch.temporal_ratio)
     cases = [Case(what, width, height, count) for count in frames for what in whats for width, height in sizes]
     return list(dict.fromkeys(cases))
 
 
-def _check_size(width: int, height: int, ratio: int) -> None:
+def _check_size(flag: str, width: int, height: int, ratio: int) -> None:
     for side, px in (("width", width), ("height", height)):
         if px < ratio or px % ratio:
             near = sorted({max(ratio, px - px % ratio), px - px % ratio + ratio})
             raise ValueError(
-                f"--sizes {width}x{height}: the {side} is {px} pixels, needs a positive multiple of {ratio}, "
+                f"{flag} {width}x{height}: the {side} is {px} pixels, needs a positive multiple of {ratio}, "
                 f"such as {' or '.join(map(str, near))}"
             )
 

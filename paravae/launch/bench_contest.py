@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from paravae.launch.bench_cases import Case
 from paravae.launch.bench_errors import ERRORS, OURS, Truth, errors, judge
 from paravae.launch.bench_model import Model, plain
 from paravae.launch.bench_peers import Peer, ours
+from paravae.launch.planned import Way, WayOfDecoding
 from paravae.launch.world import World
 from paravae.vae.memory import GIB, device_bytes
 
@@ -35,11 +36,19 @@ COMPARED_WORDS = (
 
 @dataclass(frozen=True)
 class Own:
-    """A way to run paravae; ``alone`` as a ``Peer``'s."""
+    """A way to run paravae; ``alone`` as a ``Peer``'s. ``way``: of decoding, whatever it would choose."""
 
     config: VAEConfig
     name: str = OURS
     alone: bool = False
+    way: Way | None = None
+
+    def peer(self, vae: AutoencoderKLQwenImage) -> Peer:
+        """It, run by ``vae``."""
+        peer = ours(vae, self.name, alone=self.alone)
+        if self.way is None:
+            return peer
+        return replace(peer, decode=WayOfDecoding(vae, self.way), what_ran=f"{peer.what_ran}, as {self.way.name}")
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class Contest:
         peers, results = [], {}
         for own in self.own:
             vae = self.model.build(own.config, self.dtype, self.here.device)
-            peers.append(ours(vae, own.name, alone=own.alone))
+            peers.append(own.peer(vae))
             rows[own.name], results[own.name] = self._checked_own(vae, peers[-1], case, given, truth)
         self._compare(rows, results)
         del results
@@ -108,6 +117,7 @@ class Contest:
         row, result = self._checked(peer, case, given, lambda: truth.result(_tiled(vae)))
         if case.what == "decode" and vae.last_choice:
             row["ran"], row["mode"] = vae.last_choice.how, vae.last_choice.mode
+            row["predicted_ms"] = vae.last_choice.ms
             if _tiled(vae):
                 row.update(self._from_exact(result, truth))
         return row, result

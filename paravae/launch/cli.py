@@ -1,4 +1,4 @@
-"""The command line: ``paravae demo | decode | encode | bench``, alone or on every rank of ``torchrun -m paravae``."""
+"""The command line: ``paravae demo | decode | encode | bench | plan``, alone or on each rank of ``torchrun``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from types import ModuleType
 from typing import Any, NoReturn
 
 import paravae
-from paravae.launch import bench, decode, demo, encode
+from paravae.launch import bench, calibrate, decode, demo, encode, plan
 from paravae.launch.errors import leave_at_once, report
 from paravae.launch.world import Place, place_from_environment
 
@@ -20,7 +21,11 @@ COMMANDS = {
     "decode": (decode, "latents in a file -> a picture, a folder of frames or a video"),
     "encode": (encode, "a picture, a folder of frames or a video -> latents in a file"),
     "bench": (bench, "how long decode and encode take here, checked first, and beside diffusers if asked"),
+    "plan": (plan, "which ranks would decode what, and how long it would take; needs no GPU"),
 }
+
+
+CALIBRATE = "measure the constants by which auto chooses, on this machine"
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,11 +44,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"paravae {paravae.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=(module.__doc__ or "").split(": ", 1)[-1])
-        module.add_flags(command)
-        command.add_argument("--debug", action="store_true", help="show where an error was raised")
-        command.set_defaults(run=module.run)
+        command = _add_command(commands, name, module, summary)
+        if module is bench:  # alone it is a command, too
+            _add_command(command.add_subparsers(metavar="calibrate"), "calibrate", calibrate, CALIBRATE)
     return parser
+
+
+def _add_command(commands: Any, name: str, module: ModuleType, summary: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=(module.__doc__ or "").split(": ", 1)[-1]
+    )
+    module.add_flags(command)
+    command.add_argument("--debug", action="store_true", help="show where an error was raised")
+    command.set_defaults(run=module.run)
+    return command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,7 +56,7 @@ def report(error: BaseException, place: Place, debug: bool) -> int:
         print(line, file=sys.stderr, flush=True)
         return status
     try:
-        _say_once(line, place, first_hand=not isinstance(error, RankError))
+        _say_once(line, place, first_hand=not isinstance(error, RankError) or error.gone)
     except Exception:  # the store went down with the rank that kept it: better twice than never
         print(line, file=sys.stderr, flush=True)
     return status
@@ -84,7 +84,8 @@ def _in_one_line(error: BaseException, place: Place, status: int) -> str:
 
 
 def _say_once(line: str, place: Place, first_hand: bool) -> None:
-    """The first rank that failed by itself speaks; one that failed only because another did lets that one speak.
+    """The first rank that failed by itself speaks; one that failed only because another did lets that one speak, if
+    that one still can.
 
     torchrun ends all ranks as soon as one has ended, so none goes before the line is out and, if it does not
     take long, before all are ready to go with their own status.

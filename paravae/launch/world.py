@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from paravae.launch.life import store_of_this_life
 from paravae.vae.comm import RankGroup
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -56,7 +57,7 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
         if name not in environment:
             raise ValueError(f"WORLD_SIZE is {size}, but {name} is not set; start the ranks with torchrun")
     store, rank, size = next(dist.rendezvous("env://", rank, size))
-    return Place(rank, size, local_rank, local_size, dist.PrefixStore("paravae", store))
+    return Place(rank, size, local_rank, local_size, store_of_this_life(store, rank, size))
 
 
 @contextmanager

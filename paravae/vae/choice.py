@@ -215,7 +215,7 @@ class DecodePlanner:
 
     def _kept_bytes(self, patches: PatchPlan) -> int:
         """What the ranks exchange, on one of them, its own part and everyone's: pixels, and where they share the head
-        keys, values and the attention's result."""
+        keys and values, stream and the attention's result."""
         if len(patches.traces) == 1:
             return 0
         images, rows, cols = patches.shard_size
@@ -224,7 +224,7 @@ class DecodePlanner:
         if patches.head_rows is not None:
             most = max(span.size for span in patches.head_rows)
             own = self.shape[0] * most * self.lat_size[1] * self.engine.attention_channels
-            kept += (self.ranks + 1) * 3 * own * self.dtype.itemsize
+            kept += (self.ranks + 1) * 4 * own * self.dtype.itemsize
         return kept
 
     def _tiled_bytes(self, tiles: TilePlan) -> int:
@@ -294,7 +294,7 @@ class EncodePlanner:
         alone_ms = self.shape[0] * plan.attention_work(channels, tokens, tokens) / 1e9 * rates.attention_ms
         share_bytes = self.shape[0] * -(-self.lat_size[0] // self.ranks) * self.lat_size[1] * channels
         share_bytes *= self.dtype.itemsize
-        gathers_ms = link.gather_ms(2 * share_bytes, self.ranks) + link.gather_ms(share_bytes, self.ranks)
+        gathers_ms = link.gather_ms(2 * share_bytes, self.ranks) + 2 * link.gather_ms(share_bytes, self.ranks)
         return alone_ms / self.ranks + gathers_ms < _WORTHWHILE * alone_ms
 
     def _needed_bytes(self, patches: PatchPlan) -> int:

@@ -32,7 +32,9 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 _ROW_BYTES = 1024  # of control
 _ROW_HEAD = struct.Struct("!Bq")  # kind, number; then a message in UTF-8, cut to fit
 _TEXT_BYTES = 400  # of a longer text, in one row
-_FINE, _INPUT_ERROR, _FAILURE = 0, 1, 2
+_FINE, _INPUT_ERROR, _FAILURE, _GONE = 0, 1, 2, 3  # the last: the rank that is ``number``, as this one has found
+
+_GOING_ON = "the ranks were to go on together"
 
 _EAGER_S = 0.05  # a wait up to this long keeps the processor, lest a wake-up be added to it
 _GRACE_S = 1.0
@@ -45,13 +47,16 @@ _ABORT_S = 5.0
 class RankError(RuntimeError):
     """Another rank failed, is gone, or asked for something else; ``input_error``: its input was at fault.
 
-    ``group``: whose ranks all have this error by now.
+    ``gone``: its process has ended. ``group``: whose ranks all have this error by now.
     """
 
-    def __init__(self, message: str, *, rank: int, input_error: bool, group: RankGroup | None = None) -> None:
+    def __init__(
+        self, message: str, *, rank: int, input_error: bool, gone: bool = False, group: RankGroup | None = None
+    ) -> None:
         super().__init__(message)
         self.rank = rank
         self.input_error = input_error
+        self.gone = gone
         self.group = group
 
 
@@ -208,16 +213,16 @@ class RankGroup:
             target = dist.get_global_rank(self.data, to)
             self._run(lambda **how: dist.gather(sent, parts, target, self.data, **how), shard)
 
-    def settle(self, result: Tensor) -> None:
-        """Wait until ``result``'s device has done what was queued on it, as long as all ranks are there.
+    def settle(self, like: Tensor) -> None:
+        """Wait until the device of ``like`` has done what was queued on it, as long as all ranks are there.
 
         Raises:
-            RankError: a rank is gone, whose part the device would wait for; the group is of no use any more.
+            RankError: a rank is gone, for which the device would wait; the group is of no use any more.
         """
-        if self.size == 1 or not result.is_cuda:
+        if self.size == 1 or not like.is_cuda:
             return
         done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(result.device))
+        done.record(torch.cuda.current_stream(like.device))
         self._wait_for(done.query, "a decode was under way")
 
     # ------------------------------------------------------------------------------------------- control
@@ -226,6 +231,9 @@ class RankGroup:
         """Every rank's row, if no rank came with a failure."""
         own = _Row.of(message, number, failure).packed()
         rows = [_Row.unpacked(row) for row in self._rows(own)]
+        for row in rows:
+            if row.kind == _GONE:
+                raise self._error_of_gone(row.number, _GOING_ON)
         for rank, row in enumerate(rows):
             if row.kind != _FINE:
                 text = f"rank {rank} of {self.size} failed: {row.message}"
@@ -242,7 +250,7 @@ class RankGroup:
         try:
             rows = {self.rank: own, **self.presence.exchange(own)}
         except GoneError as gone:
-            raise self._error_of_gone(gone.rank, "the ranks were to go on together") from None
+            raise self._error_of_gone(gone.rank, _GOING_ON) from None
         return [rows[rank] for rank in range(self.size)]
 
     def _run(self, collective: Callable[..., Any], like: Tensor) -> None:
@@ -259,7 +267,7 @@ class RankGroup:
         except RuntimeError as error:  # a connection that broke: because a rank is gone?
             self._raise_if_gone("the ranks were exchanging data", wait_s=_BLAME_S)
             text = f"the ranks lost each other: {error}"
-            raise RankError(text, rank=self.rank, input_error=False, group=self) from error
+            raise RankError(text, rank=self.rank, input_error=False) from error
 
     def _wait_for(self, done: Callable[[], bool], meanwhile: str) -> None:
         """A rank that ends while this one waits may have done its part before: so wait a little longer."""
@@ -287,10 +295,16 @@ class RankGroup:
             time.sleep(_PAUSE_S)
 
     def _error_of_gone(self, rank: int, meanwhile: str) -> RankError:
+        """``rank`` has ended: because another had, if its last row says so. All others get to know it from here, lest
+        they wait for this rank, or take it for the one that was first to end."""
         assert self.presence is not None
+        last = self.presence.last_row(rank, _ROW_BYTES)
+        if last and _Row.unpacked(last).kind == _GONE:
+            rank = _Row.unpacked(last).number
+        self.presence.lose(rank, _Row(_GONE, rank, "").packed())
         self._abort()
         text = f"rank {rank} of {self.size} is gone ({self.presence.name(rank)} ended) while {meanwhile}"
-        return RankError(text, rank=rank, input_error=False, group=self)
+        return RankError(text, rank=rank, input_error=False, gone=True, group=self)
 
     def _abort(self) -> None:
         """Stop NCCL's kernels, which would wait for a rank that is gone for ever and keep the GPU from all else."""

@@ -29,9 +29,7 @@ class Rates:
     """Of one engine on one GPU. ``conv_ms``: for 10^9 multiply-adds of convolutions, by the size of their output: at
     latent size, twice, four, eight times that. ``attention_ms``: for 10^9 of the attention. ``fixed_ms``: once a
     decode; ``frame_ms``: once for each later latent frame of a stream, whose convolutions take ``stream`` times as
-    long for the same multiply-adds. ``blend_ms``: for 10^6 pixels of all tiles together. ``cut_ms``: for 10^9
-    multiply-adds of a window narrower than its picture, over ``conv_ms``: rows then are no one piece of memory, so that
-    cutting copies, and the widths are odd; two halves side by side took 5 to 10 % longer than two one above the other.
+    long for the same multiply-adds. ``blend_ms``: for 10^6 pixels of all tiles together.
     """
 
     fixed_ms: float
@@ -40,7 +38,6 @@ class Rates:
     frame_ms: float
     stream: float
     blend_ms: float
-    cut_ms: float = 0.0
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Rates:
@@ -135,6 +132,16 @@ def read_machine(path: Path) -> Machine:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """What a rank computes: the head along ``front``, its attention of ``queries``, the tail along ``trace``."""
+
+    front: Sequence[Window]
+    trace: Sequence[Window]
+    queries: int
+    images: int
+
+
+@dataclass(frozen=True)
 class DecodeCost:
     """What a prediction must know of a decode. ``shape``: of the latents, [B, z, T, h, w]; ``value_bytes``: of a number
     in the network, ``pixel_bytes``: of one of the result."""
@@ -159,7 +166,7 @@ class DecodeCost:
         front, trace = plan.whole(self.front, *tiles.tile), plan.whole(self.tail, *tiles.tile)
         batch, share = self.shape[0], tiles.shares(ranks)[0].size
         calls = -(-share // tiles.batch)
-        ms = calls * self._ms(front, trace, (trace[0].area, trace[0].area), tiles.batch * batch)
+        ms = calls * self._ms(_Part(front, trace, trace[0].area, tiles.batch * batch), trace[0].area)
         tile_px = batch * self._pixel_frames * trace[-1].area
         ms += self.rates.blend_ms * len(tiles.tiles) * tile_px / 1e6 + self._step_ms(ranks)
         return ms + self.link.gather_ms(share * 3 * tile_px * self.value_bytes, ranks)
@@ -175,35 +182,47 @@ class DecodeCost:
     def _pixel_frames(self) -> int:
         return 1 + (self.shape[2] - 1) * self.temporal_ratio
 
+    def rank_work(self, patches: PatchPlan, rank: int) -> int:
+        """Multiply-adds of what ``rank`` computes, for the first latent frame."""
+        part = self._part(patches, rank)
+        if part is None:
+            return 0
+        head = plan.local_work(self.front, part.front) + plan.projections_work(self.channels, part.front[-1].area)
+        head += plan.attention_work(self.channels, part.queries, self._tokens)
+        return part.images * (head + plan.local_work(self.tail, part.trace))
+
     def _rank_ms(self, patches: PatchPlan, rank: int) -> float:
+        part = self._part(patches, rank)
+        return 0.0 if part is None else self._ms(part, self._tokens)
+
+    def _part(self, patches: PatchPlan, rank: int) -> _Part | None:
+        """What ``rank`` computes; None: nothing."""
         trace, images = patches.traces[rank], patches.images[rank].size
         height, width = self.shape[-2:]
         if patches.head_rows is not None:
             own = Window(patches.head_rows[rank], Span(0, width))
-            front = plan.trace_window(self.front, own, height, width)
-            return self._ms(front, trace, (own.area, self._tokens), images)
+            return _Part(plan.trace_window(self.front, own, height, width), trace, own.area, self.shape[0])
         if not trace[-1].area:
-            return 0.0
-        return self._ms(plan.whole(self.front, height, width), trace, (trace[0].area, self._tokens), images)
+            return None
+        return _Part(plan.whole(self.front, height, width), trace, trace[0].area, images)
 
-    def _ms(self, front: Sequence[Window], trace: Sequence[Window], attention: tuple[int, int], images: int) -> float:
-        """The head along ``front``, its attention of (queries, tokens), and the tail along ``trace``."""
-        one = plan.attention_work(self.channels, *attention) / _GIGA * self.rates.attention_ms
-        cut_ms = self.rates.cut_ms if 0 < trace[0].cols.size < front[-1].cols.size else 0.0
+    def _ms(self, part: _Part, tokens: int) -> float:
+        """Of the head, its attention to ``tokens``, and the tail."""
+        front, trace = part.front, part.trace
+        one = plan.attention_work(self.channels, part.queries, tokens) / _GIGA * self.rates.attention_ms
 
         def frame_ms(stream: bool) -> float:
             head = sum(plan.work_by_size(self.front, front, stream=stream))
             head += plan.projections_work(self.channels, front[-1].area)
             tail = plan.work_by_size(self.tail, trace, stream=stream)
             convolutions = self.rates.convolutions_ms([head]) + self.rates.convolutions_ms(tail)
-            convolutions += sum(tail) / _GIGA * cut_ms
-            return images * (one + convolutions * (self.rates.stream if stream else 1))
+            return part.images * (one + convolutions * (self.rates.stream if stream else 1))
 
         later = self.shape[2] - 1
         return self.rates.fixed_ms + frame_ms(False) + (later * (self.rates.frame_ms + frame_ms(True)) if later else 0)
 
     def _exchange_ms(self, patches: PatchPlan, ranks: int) -> float:
-        """Pixels, and where the head is shared keys, values and the attention's result, for each latent frame."""
+        """Pixels; where the head is shared keys and values, stream and attention's result; of each latent frame."""
         images, rows, cols = patches.shard_size
         pixels_ms = self.link.gather_ms(images * 3 * rows * cols * self.pixel_bytes * self._pixel_frames, ranks)
         later_ms = (self.shape[2] - 1) * self.link.latency_ms
@@ -211,5 +230,5 @@ class DecodeCost:
             return pixels_ms + later_ms
         tokens = max(span.size for span in patches.head_rows) * self.shape[-1]
         features = self.shape[0] * tokens * self.channels * self.value_bytes
-        one_ms = self.link.gather_ms(2 * features, ranks) + self.link.gather_ms(features, ranks)
+        one_ms = self.link.gather_ms(2 * features, ranks) + 2 * self.link.gather_ms(features, ranks)
         return pixels_ms + later_ms + self.shape[2] * one_ms

@@ -40,7 +40,7 @@ class ParallelTiledVAE(nn.Module):
         self.last_choice: DecodeChoice | None = None
         self._engine: Engine | None = None
         self._group: RankGroup | None = None
-        self._machines: dict[RankGroup, Machine] = {}
+        self._machines: dict[tuple[RankGroup, str | None], Machine] = {}
         self._forget_plans()
         self._announced: set[DecodeChoice] = set()
 
@@ -181,8 +181,7 @@ class ParallelTiledVAE(nn.Module):
                 work.stream(on_frames, on_progress)
             step.agree(last=True)
         self._announce(planned.choice)
-        if picture is not None:
-            ranks.settle(picture)
+        ranks.settle(latents)  # those that receive nothing too: their GPUs send, and wait for who receives
         return picture
 
     def _check_and_plan(
@@ -272,11 +271,11 @@ class ParallelTiledVAE(nn.Module):
 
     def _machine(self, ranks: RankGroup) -> Machine:
         """What predictions go by: rank 0's constants, so that all ranks come to the same plan."""
-        if ranks not in self._machines:
-            table = self.config.cost_table
+        table = self.config.cost_table
+        if (ranks, table) not in self._machines:
             own = read_machine(Path(table)) if table else machine_named(device_name(self.device))
-            self._machines[ranks] = Machine.from_json(ranks.first("cost table", own.to_json()))
-        return self._machines[ranks]
+            self._machines[ranks, table] = Machine.from_json(ranks.first("cost table", own.to_json()))
+        return self._machines[ranks, table]
 
     def _announce(self, choice: DecodeChoice) -> None:
         self.last_choice = choice

@@ -205,6 +205,13 @@ def balanced_split(stages: Stages, cells: int, unit: int, in_size: int, parts: i
     return min(splits, key=lambda spans: max(cost(span.start, span.stop) for span in spans))
 
 
+@lru_cache(maxsize=512)  # of many grids for many ranks most have an axis in common
+def _axis_traces(stages: Stages, cells: int, unit: int, in_size: int, parts: int) -> tuple[tuple[Span, ...], ...]:
+    """For each span of a ``balanced_split`` what the stages are fed, roomily, and last itself."""
+    spans = balanced_split(stages, cells, unit, in_size, parts)
+    return tuple(roomy_span(stages, trace_span(stages, span.scaled(unit), in_size)) for span in spans)
+
+
 # ------------------------------------------------------------------------------------------------- patches
 
 
@@ -256,13 +263,7 @@ def plan_patches(
     """
     out = whole(stages, *in_size)[-1]
     unit = (out.rows.size // cells[0], out.cols.size // cells[1])
-    axes = [
-        [
-            roomy_span(stages, trace_span(stages, span.scaled(unit[axis]), in_size[axis]))
-            for span in balanced_split(stages, cells[axis], unit[axis], in_size[axis], grid[axis])
-        ]
-        for axis in (0, 1)
-    ]
+    axes = [_axis_traces(stages, cells[axis], unit[axis], in_size[axis], grid[axis]) for axis in (0, 1)]
     windows = [tuple(Window(r, c) for r, c in zip(rows, cols, strict=True)) for rows in axes[0] for cols in axes[1]]
     idle = trace_window(stages, Window(Span(0, 0), Span(0, 0)), *in_size)
     left_over = ranks - groups * len(windows)

@@ -36,7 +36,7 @@ class Sharer:
         place = own_place(patches, self.step.group)
         trace, images = patches.traces[place], patches.images[place]
         head = self.head(self.engine.decoder_front, patches.head_rows, latents)
-        own = latents[images.start : images.stop]
+        own = latents if head else latents[images.start : images.stop]  # a head is shared by those without a window too
         works = trace[-1].area > 0
         pieces = self.engine.decode(own, trace, as_uint8=as_uint8, head=head) if works or head else iter(())
         size = (images.size, trace[-1].rows.size, trace[-1].cols.size)

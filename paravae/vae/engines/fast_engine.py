@@ -220,5 +220,7 @@ def _attended(
     flow = network.attention(given, part)
     if head is None:
         return flow
-    everyone = head.gather(flow.total(), 2)
-    return Flow(everyone).cropped(Window(Span(0, everyone.shape[2]), Span(0, everyone.shape[3])), wanted)
+    # Stream and branch apart: their sum, rounded before it travels, would be another than that of one rank alone.
+    assert isinstance(flow.branch, Tensor)
+    flow = Flow(head.gather(flow.x, 2), flow.bias, head.gather(flow.branch, 2))
+    return flow.cropped(Window(Span(0, flow.x.shape[2]), Span(0, flow.x.shape[3])), wanted)

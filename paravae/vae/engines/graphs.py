@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
@@ -80,7 +81,9 @@ class CudaGraph:
         self._open.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _end(self) -> None:
-        self._open.capture_end()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # between two collectives, say
+            self._open.capture_end()
         self._parts.append(self._open.replay)
 
     def repeat(self, call: Callable[[], None]) -> None:
@@ -175,6 +178,8 @@ class GraphCache:
         try:
             recording.record(function, value, working)
         except RuntimeError as error:  # out of memory among them
+            del recording  # and its memory, which is then returned
+            self._under_way.recording = None
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             logger.warning("no CUDA graph for %s, it runs eagerly: %s", list(value.shape), reason)
             self._refuse(key, reason)
