@@ -52,33 +52,6 @@ def tiny_pictures() -> str:
     return table(["held-out picture", "size", "PSNR, dB"], rows) + clips
 
 
-def modes(names: list[str]) -> str:
-    """One line for each way to decode: the single-GPU rows of the first file, the shared ones of each."""
-    reports = [load(name) for name in names]
-    first = reports[0]
-    diffusers = next(row for row in first["rows"] if row["who"] == "diffusers" and row["mode"] == "eager")
-    rows = []
-    for report in reports:
-        for row in report["rows"]:
-            shared = row["who"] == "paravae" and row["mode"] != "single"
-            repeated = not shared and report is not first
-            if repeated or (row["mode"] == "patch" and report["machine"]["ranks"] == 1):
-                continue
-            who = "diffusers" if row["who"] == "diffusers" else "paravae"
-            how = row["mode"] if row["mode"] != "auto" else f"auto ({row['ran']})"
-            rows.append([
-                f"{who} {how}", str(report["machine"]["ranks"] if shared else 1), f"{row['ms']:.1f}",
-                f"{diffusers['ms'] / row['ms']:.2f}x", f"{row['max_error']:.4f}", f"{row['rms_error']:.5f}",
-                f"{row['peak_gib']:.2f}",
-            ])  # fmt: skip
-    head = ["decode", "GPUs", "ms", "against diffusers", "max error", "RMS error", "peak GiB over weights"]
-    return f"{first['size']}, {first['dtype']}, {machine_line(first)}.\n\n" + table(head, rows)
-
-
-def modes_readme() -> str:
-    return modes(["modes_1024_bf16_1", "modes_1024_bf16_2", "modes_1024_bf16_4"])
-
-
 def gpu_tests() -> str:
     report = load("gpu_tests")
     rows = [[row["what"], row["result"]] for row in report["rows"]]
@@ -212,9 +185,6 @@ BLOCKS: dict[str, Callable[[], str | None]] = {
     "simulation": lambda: simulation_tables.times(load_if_there("simulation")),
     "tiny": tiny,
     "tiny-pictures": tiny_pictures,
-    "modes-1024": modes_readme,
-    "modes-2048": lambda: modes(["modes_2048_bf16_4"]),
-    "modes-fp32": lambda: modes(["modes_1024_fp32_4"]),
     "gpu-tests": gpu_tests,
     "tiling": tiling,
 }

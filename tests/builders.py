@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -55,3 +56,12 @@ def rms_error(a: Tensor, b: Tensor) -> float:
     """Root of the mean squared difference, in fp64; shapes must agree."""
     assert a.shape == b.shape, f"{list(a.shape)} against {list(b.shape)}"
     return float((a.detach().double() - b.detach().double()).square().mean().sqrt())
+
+
+def digest(*tensors: Tensor) -> str:
+    """A name for exactly these values."""
+    hasher = hashlib.sha256()
+    for tensor in tensors:
+        hasher.update(str((tensor.shape, tensor.dtype)).encode())
+        hasher.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return hasher.hexdigest()

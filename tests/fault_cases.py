@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,11 +21,17 @@ from tests.ranks import Case, Rank
 PROMPT_S = 10.0
 
 
-class BrokenEngine:
-    """An engine that does its work but for one call, which raises after ``good_steps`` steps."""
+def broken_on_purpose() -> NoReturn:
+    raise RuntimeError("broken on purpose")
 
-    def __init__(self, engine: Engine, broken: str, good_steps: int = 0) -> None:
-        self._engine, self._broken, self._good_steps = engine, broken, good_steps
+
+class BrokenEngine:
+    """An engine that does its work but for one call, which ends with ``fail`` after ``good_steps`` steps."""
+
+    def __init__(
+        self, engine: Engine, broken: str, good_steps: int = 0, fail: Callable[[], object] = broken_on_purpose
+    ) -> None:
+        self._engine, self._broken, self._good_steps, self._fail = engine, broken, good_steps, fail
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -38,13 +44,13 @@ class BrokenEngine:
 
     def encode_features(self, features: Tensor, head: HeadShare | None = None) -> Tensor:
         if self._broken == "encode_features":
-            raise RuntimeError("broken on purpose")
+            self._fail()
         return self._engine.encode_features(features, head)
 
     def _steps(self, name: str, steps: Iterator[Tensor]) -> Iterator[Tensor]:
         for index, step in enumerate(steps):
             if self._broken == name and index >= self._good_steps:
-                raise RuntimeError("broken on purpose")
+                self._fail()
             yield step
 
 

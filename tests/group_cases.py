@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,27 +15,47 @@ from torch import Tensor
 from paravae import AutoencoderKLQwenImage
 from paravae.vae import comm
 from paravae.vae.comm import RankGroup
+from paravae.vae.pixels import to_uint8
 from paravae.vae.plan import grids, local_work, plan_patches
 from paravae.vae.presence import Presence
 from tests.builders import max_error, pictures
-from tests.case_tools import TILES, alone, latents_for, parallel_vae
+from tests.case_tools import TILES, alone, latents_for, parallel_vae, plan_with
 from tests.fault_cases import error_of, expect
 from tests.ranks import Case, Rank
 
 
 def split_in_pairs(here: Rank) -> str:
-    """Two groups of two decode different latents at the same time."""
+    """Two groups of two decode different latents in different ways at the same time, each at its own pace."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    mine = here.rank // 2
+    mine, rank = divmod(here.rank, 2)
     vae = parallel_vae(here, **TILES)
     vae.set_parallel_group(pairs[mine])
-    assert (vae.parallel_group.rank, vae.parallel_group.size) == (here.rank % 2, 2)
-    latents = latents_for(here, ("5x7", "12x9")[mine], 1 + mine, 1, torch.float32, seed=mine)
-    for _ in range(3):
-        pixels = vae.parallel_patch_decode(latents)
-    assert max_error(pixels, alone(vae, latents)) <= 2e-5
-    assert torch.equal(vae.parallel_tiled_decode(latents), vae.tiled_decode(latents))
-    shared = RankGroup.of(pairs[mine]).all_gather(pixels)
+    assert (vae.parallel_group.rank, vae.parallel_group.size) == (rank, 2)
+    latents = latents_for(here, ("5x7", "12x9")[mine], 1 + mine, 2, torch.float32, seed=mine)
+    truth = alone(vae, latents)
+    levels, tiled = to_uint8(truth), vae.tiled_decode(latents)
+    ways: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+        ({"grid": (2, 1)}, {}),
+        ({"grid": (1, 2), "head": "shared"}, {}),
+        ({"grid": (1, 1), "groups": 2}, {"output_type": "uint8"}),
+        ({"grid": (2, 1), "head": "shared"}, {"gather_to": mine}),
+        ({"grid": (1, 2)}, {"gather_to": 1 - mine, "output_type": "uint8"}),
+    )
+    pace = random.Random(here.rank)
+    for turn in range(5 * len(ways)):
+        plan, options = ways[(turn + 2 * mine) % len(ways)]
+        vae.config = replace(vae.config)  # a config that is new is planned for anew
+        time.sleep(pace.uniform(0, 0.03))
+        with plan_with(**plan):
+            pixels = vae.decode(latents, **options)
+        if options.get("gather_to", rank) != rank:
+            assert pixels is None
+        elif "output_type" in options:
+            assert max_error(pixels, levels) <= 1
+        else:
+            assert max_error(pixels, truth) <= 2e-5
+    assert torch.equal(vae.parallel_tiled_decode(latents), tiled)
+    shared = RankGroup.of(pairs[mine]).all_gather(tiled)
     assert torch.equal(shared[0], shared[1])
     return "fine"
 

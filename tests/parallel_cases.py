@@ -5,7 +5,6 @@ A case asserts against a decode that the rank makes alone, and returns what must
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -16,23 +15,16 @@ from torch import Tensor
 from paravae.layers import references_only
 from paravae.vae.pixels import to_uint8
 from paravae.vae.plan import plan_tiles
-from tests.builders import max_error, pictures, rms_error, small_vae
+from tests.builders import digest, max_error, pictures, rms_error, small_vae
 from tests.case_tools import TILE_FITS_GIB, TILES, alone, latents_for, parallel_vae
 from tests.fault_cases import FAULT_CASES
 from tests.group_cases import GROUP_CASES
+from tests.plan_cases import PLAN_CASES
 from tests.ranks import Case, Rank
+from tests.trouble_cases import TROUBLE_CASES
 
 BOUNDS = {torch.float32: 2e-5, torch.float64: 1e-10}
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
-
-
-def digest(*tensors: Tensor) -> str:
-    """A name for exactly these values."""
-    hasher = hashlib.sha256()
-    for tensor in tensors:
-        hasher.update(str((tensor.shape, tensor.dtype)).encode())
-        hasher.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
-    return hasher.hexdigest()
 
 
 def check_size(pixels: Tensor, latents: Tensor, dtype: torch.dtype) -> None:
@@ -48,7 +40,8 @@ def patch_equals_alone(here: Rank, size: str, frames: int, batch: int, dtype: st
     pixels = vae.parallel_patch_decode(latents)
     check_size(pixels, latents, vae.dtype)
     assert pixels.std() > 0.05
-    assert max_error(pixels, alone(vae, latents)) <= BOUNDS[vae.dtype]
+    if here.rank == 0:  # the others have the very same: their digests tell
+        assert max_error(pixels, alone(vae, latents)) <= BOUNDS[vae.dtype]
     assert vae.last_choice is not None
     assert vae.last_choice.mode == "patch"
     assert vae.last_choice.grid[0] * vae.last_choice.grid[1] <= here.size
@@ -62,6 +55,8 @@ def tiled_equals_serial(here: Rank, size: str, frames: int, batch: int, dtype: s
     check_size(pixels, latents, vae.dtype)
     assert vae.last_choice is not None
     grid = vae.last_choice.grid
+    if here.rank > 0:  # they have the very same: their digests tell
+        return digest(pixels)
     assert torch.equal(pixels, vae.tiled_decode(latents))
     whole = alone(vae, latents)
     if max(latents.shape[-2:]) <= 8:  # within one tile: no tiling at all
@@ -78,12 +73,13 @@ def encode_equals_alone(here: Rank, size: str, frames: int, batch: int, dtype: s
     height, width = map(int, size.split("x"))
     pixels = pictures(batch, 3, frames, height, width, dtype=vae.dtype, device=here.device)
     posterior = vae.encode(pixels)
-    truth = small_vae(vae.dtype, here.device).encode(pixels)
     assert posterior.mean.shape == (batch, 16, 1 + (frames - 1) // 4, height // 8, width // 8)
     assert posterior.mean.dtype == vae.dtype
     assert posterior.mean.std() > 0.01
-    assert max_error(posterior.mean, truth.mean) <= BOUNDS[vae.dtype]
-    assert max_error(posterior.logvar, truth.logvar) <= BOUNDS[vae.dtype]
+    if here.rank == 0:  # the others have the very same: their digests tell
+        truth = small_vae(vae.dtype, here.device).encode(pixels)
+        assert max_error(posterior.mean, truth.mean) <= BOUNDS[vae.dtype]
+        assert max_error(posterior.logvar, truth.logvar) <= BOUNDS[vae.dtype]
     return digest(posterior.mean, posterior.logvar)
 
 
@@ -164,7 +160,8 @@ def auto_picks(here: Rank, size: str, limit_gib: float | None) -> tuple[Any, ...
         assert "GiB" in choice.reason
         assert torch.equal(pixels, vae.tiled_decode(latents))
     else:
-        assert choice.mode == ("single" if here.size == 1 or size == "1x1" else "patch")
+        slow = here.device.type == "cpu"  # there sharing pays; so small a picture a GPU decodes before it is shared
+        assert choice.mode == ("patch" if here.size > 1 and size != "1x1" and slow else "single")
         assert ("one rank" if here.size == 1 else "predicted") in choice.reason
         assert max_error(pixels, alone(vae, latents)) <= 2e-5
     return (*asdict(choice).values(), digest(pixels))
@@ -277,12 +274,18 @@ def _cases() -> dict[str, tuple[int, Case]]:
     cases["off-by-default"] = (1, off_by_default)
     cases["encode-alone"] = (1, encode_alone_when_told)
     cases["progress"] = (1, progress_counts_up)
-    return cases | GROUP_CASES | FAULT_CASES
+    return cases | GROUP_CASES | PLAN_CASES | FAULT_CASES | TROUBLE_CASES
 
 
 _CASES = _cases()
 
 
+# What takes no other rank, and what shows on two and four ranks all that it would show on three.
+_ALONE = ("stream-off", "uint8-off")
+_NOT_ON_THREE = ("auto", "bf16", "config", "gather-to", "memory", "progress", "stream", "trouble", "uint8")
+
+
 def cases_for(size: int) -> dict[str, Case]:
-    """The cases that a world of ``size`` ranks can run. Pairs need exactly four."""
-    return {name: case for name, (fewest, case) in _CASES.items() if fewest <= size}
+    """The cases for a world of ``size`` ranks. Pairs need exactly four."""
+    spared = (*(_ALONE if size > 1 else ()), *(_NOT_ON_THREE if size == 3 else ()))
+    return {name: case for name, (fewest, case) in _CASES.items() if fewest <= size and not name.startswith(spared)}

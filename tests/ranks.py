@@ -7,6 +7,7 @@ server that has imported torch but touched no device. Whatever happens, all are 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -44,19 +45,26 @@ class Outcome:
 
 
 def run_ranks(
-    cases: Mapping[str, Case], size: int, rendezvous: Path, *, backend: str = "gloo", timeout_s: float = 200
+    cases: Mapping[str, Case],
+    size: int,
+    rendezvous: Path,
+    *,
+    backend: str = "gloo",
+    timeout_s: float = 200,
+    tidy: bool = True,
 ) -> dict[str, list[Outcome]]:
     """Run ``cases`` in order on ``size`` ranks: for each case the ranks' outcomes.
 
     Cases and their values must pickle. ``backend`` that names nccl gives each rank a GPU. Ranks that have not
-    finished after ``timeout_s`` are killed, and the cases they owe are reported as such.
+    finished after ``timeout_s`` are killed, and the cases they owe are reported as such. ``tidy``: destroy the process
+    group at the end, which on NCCL could wait for a rank that is gone.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "tests.parallel_cases"])
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(cases, rank, size, rendezvous, backend, theirs), daemon=True)
+        process = context.Process(target=_run, args=(cases, rank, size, rendezvous, backend, tidy, theirs), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -80,7 +88,9 @@ def check(results: Mapping[str, list[Outcome]], name: str) -> None:
     assert all(value == values[0] for value in values), f"the ranks differ: {values}"
 
 
-def _run(cases: Mapping[str, Case], rank: int, size: int, rendezvous: Path, backend: str, pipe: Connection) -> None:
+def _run(
+    cases: Mapping[str, Case], rank: int, size: int, rendezvous: Path, backend: str, tidy: bool, pipe: Connection
+) -> None:
     torch.set_num_threads(1)
     device = torch.device("cpu")
     if "nccl" in backend:
@@ -100,8 +110,11 @@ def _run(cases: Mapping[str, Case], rank: int, size: int, rendezvous: Path, back
         except Exception:
             outcome = Outcome(error=traceback.format_exc())
         pipe.send((name, outcome))
-    dist.destroy_process_group()
+    if tidy:
+        dist.destroy_process_group()
     pipe.close()
+    if not tidy:
+        os._exit(0)
 
 
 def _collect(names: list[str], pipes: list[Connection], deadline: float) -> dict[str, list[Outcome]]:

@@ -36,8 +36,9 @@ def full_size(here: Rank) -> AutoencoderKLQwenImage:
     return model().build(QwenImageVAEConfig(use_parallel_decode=True), torch.bfloat16, here.device)
 
 
-def alone(here: Rank, vae: AutoencoderKLQwenImage, what: str, value: Tensor) -> tuple[Tensor, float]:
-    """One GPU's own result, and its RMS error against fp32."""
+def alone(here: Rank, what: str, value: Tensor) -> tuple[Tensor, float]:
+    """One GPU's own result, and how far another rounding of it may be: root two times its RMS error against fp32, as
+    for two that round independently."""
 
     def result(single: AutoencoderKLQwenImage, value: Tensor) -> Tensor:
         return single.decode(value) if what == "decode" else single.encode(value).mean
@@ -45,7 +46,7 @@ def alone(here: Rank, vae: AutoencoderKLQwenImage, what: str, value: Tensor) -> 
     single = full_size(here)
     single.config = replace(single.config, use_parallel_decode=False)
     own = result(single, value)
-    return own, rms_error(own, result(single.float(), value.float()))
+    return own, 2**0.5 * rms_error(own, result(single.float(), value.float()))
 
 
 def plans_of(vae: AutoencoderKLQwenImage, latents: Tensor) -> list[DecodePlan]:
@@ -63,11 +64,11 @@ def plans_of(vae: AutoencoderKLQwenImage, latents: Tensor) -> list[DecodePlan]:
 
 
 def every_plan(here: Rank, batch: int) -> str:
-    """Every grid, head shared or not, images dealt or not: no farther from one GPU's pixels than those are from fp32's;
-    the eager call, the one that records and the replays all alike."""
+    """Every grid, head shared or not, images dealt or not: one GPU's pixels but for rounding; the eager call, the one
+    that records and the replays all alike."""
     vae = full_size(here)
     latents = noise(batch, 16, 1, 40, 56, dtype=torch.bfloat16, device=here.device)
-    truth, bound = alone(here, vae, "decode", latents)
+    truth, bound = alone(here, "decode", latents)
     plans = plans_of(vae, latents)
     assert {plan.choice.head for plan in plans} == {"own", "shared"}
     assert {plan.choice.groups for plan in plans} >= ({1, 2} if batch > 1 else {1})
@@ -84,7 +85,7 @@ def every_plan(here: Rank, batch: int) -> str:
         assert not vae.engine.graphs.refused
         assert all(torch.equal(result, results[0]) for result in results), plan.choice.how
         error = rms_error(results[0], truth)
-        assert error <= bound, f"{plan.choice.how}: {error} from one GPU, which is {bound} from fp32"
+        assert error <= bound, f"{plan.choice.how}: {error} from one GPU, {bound} is allowed"
     return "fine"
 
 
@@ -110,11 +111,11 @@ def tiles_and_uint8(here: Rank) -> str:
 def encode_and_video(here: Rank) -> str:
     vae = full_size(here)
     picture = pictures(1, 3, 1, 512, 640, dtype=torch.bfloat16, device=here.device)
-    truth, bound = alone(here, vae, "encode", picture)
+    truth, bound = alone(here, "encode", picture)
     for _ in range(4):
         assert rms_error(vae.encode(picture).mean, truth) <= bound
     film = noise(1, 16, 3, 24, 40, dtype=torch.bfloat16, device=here.device)
-    truth, bound = alone(here, vae, "decode", film)
+    truth, bound = alone(here, "decode", film)
     assert rms_error(vae.parallel_patch_decode(film), truth) <= bound
     return "fine"
 

@@ -22,7 +22,8 @@ from tests.command_bench import Bench
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--device", "cpu", "--repeats", "2", "--warmup", "1", "--sizes", "64x48", "--video-frames")
-OWN = {"paravae", "paravae-alone", "paravae-patch", "paravae-tiled"}
+WAYS = {f"paravae-{way}" for way in ("single", "2x1-own", "2x1-shared", "1x2-own", "1x2-shared")}
+OWN = {"paravae", "paravae-alone", "paravae-tiled"} | WAYS
 needs_distvae = pytest.mark.skipif(
     importlib.util.find_spec("distvae") is None, reason="DistVAE is not installed: pip install --no-deps distvae==0.1.0"
 )
@@ -62,9 +63,13 @@ def test_two_ranks_beside_diffusers(bench: Bench) -> None:
         assert row["max_error"] < 1e-4
     assert rows["paravae"]["ran"].endswith("2 ranks")  # shared or not, as auto finds better for so small a picture
     assert rows["paravae-alone"]["ran"] == "single on 1 rank"
-    assert rows["paravae-patch"]["mode"] == "patch"
+    assert rows["paravae-1x2-shared"]["ran"] == "patch, 1 x 2 windows, head shared, on 2 ranks"
+    assert rows["paravae-single"]["ran"] == "single on each of 2 ranks"
+    assert len({rows[who]["ran"] for who in WAYS}) == len(WAYS)
+    assert {rows["paravae"]["ran"]} < {rows[who]["ran"] for who in WAYS}
+    assert all(rows[who]["predicted_ms"] > 0 for who in OWN)
     assert rows["paravae-tiled"]["mode"] == "tiled"
-    assert rows["paravae-patch"]["from_alone_max"] < 1e-4
+    assert all(rows[who]["from_alone_max"] < 1e-4 for who in WAYS)
     assert "from_alone_max" not in rows["paravae-alone"]
     assert "rank 0 alone, the others wait" in report["contestants"]["diffusers"]
     assert "parallel_decode_mode='auto'" in report["contestants"]["paravae"]
@@ -174,6 +179,22 @@ def test_tables_of_the_worlds_that_were_run(results: Path) -> None:
     assert "| 0.0400 | 0.00600 | yes | 0.0200 | 0.50 | patch, 2 x 1 windows on 2 ranks |" in text
     assert "| 1.0300 | 0.06100 | as tiles | - |" in text
     assert "| DistVAE rows | failed |  |  |  |  |  |  |  | RuntimeError: a / b |" in text
+
+
+def test_plans_are_shown_beside_their_predictions(results: Path) -> None:
+    empty = "<!-- results: scaling-plans -->\nas it was\n<!-- end -->\n"
+    assert render.render(empty) == empty
+    report = json.loads((results / "scaling_2.json").read_text(encoding="utf-8"))
+    ran = report["rows"][0]["ran"]
+    report["rows"] += [
+        row("paravae-single", 8.1, ran="single on each of 2 ranks", predicted_ms=8.0, mode="single"),
+        row("paravae-2x1-own", 5.0, ran=ran, predicted_ms=4.5, mode="patch"),
+    ]
+    (results / "scaling_2.json").write_text(json.dumps(report), encoding="utf-8")
+    text = render.render("<!-- results: scaling-plans -->\n<!-- end -->\n<!-- results: scaling-all -->\n<!-- end -->\n")
+    assert f"| 1024x1024 | 2 | {ran} | 5.00 | 4.50 | -10% | chosen |" in text
+    assert "| 1024x1024 | 2 | single on each of 2 ranks | 8.10 | 8.00 | -1% |  |" in text
+    assert "paravae-2x1-own" not in text
 
 
 def test_the_figure(results: Path) -> None:

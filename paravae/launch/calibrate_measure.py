@@ -29,8 +29,8 @@ Found = TypeVar("Found", bound=Sample)
 Size = tuple[int, int]
 """Width and height in pixels."""
 
-# Timed calls of each case; fewer, but five, where they take longer together. Long enough that a small picture, too, is
-# timed at the clocks that a GPU keeps under load: it starts with higher ones, which a large picture has used up at once.
+# Timed calls of each case; fewer, but five, where they take longer together. Long enough that small pictures, too, are
+# timed at the clocks that a GPU keeps under load: it starts with higher ones.
 _REPEATS, _SECONDS = 100, 0.4
 _FEWEST_IMAGES = 4  # however little time there is
 _SHARD_BYTES = tuple(2**power for power in range(22, 27))  # 4 to 64 MiB: of smaller ones the host's time is measured

@@ -348,6 +348,10 @@ class Step:
         self._over = last
         return min(row.number for row in rows)
 
+    def also(self, words: str) -> None:
+        """From here on all ranks must come with these words too."""
+        self._request = f"{self._request}; {words}"
+
     def tell(self, error: Exception) -> None:
         """Let the others know that this rank has failed, unless they do."""
         if self._over or (isinstance(error, RankError) and error.group == self._group):

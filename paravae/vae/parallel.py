@@ -172,6 +172,7 @@ class ParallelTiledVAE(nn.Module):
         with ranks.in_step(self._request(latents, mode, output_type, gather_to, on_frames is not None)) as step:
             check_gather_to(gather_to, ranks.size)
             planned, finite = self._check_and_plan(latents, mode, ranks, output_type, stream=on_frames is not None)
+            step.also(planned.choice.how)
             sharer = Sharer(self.engine, self.config.arch_config, step)
             work = Decode(sharer, planned, latents, finite, output_type == "uint8", gather_to)
             if on_frames is None:

@@ -17,6 +17,7 @@ from contextlib import suppress
 
 _GREETING = struct.Struct("!16si")  # the listener's secret, the caller's rank
 _MEETING_S = 8.0
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}  # seconds, seconds, times: gone after 8 s
 _MOST_WAITING = 1 << 16  # bytes of rows that nobody has taken yet
 
 
@@ -57,6 +58,7 @@ class Presence:
         for connection in sockets.values():
             connection.settimeout(None)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(connection)
         return Presence(sockets, names)
 
     def close(self) -> None:
@@ -131,6 +133,14 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Have the system ask the other host from time to time: one that lost power or network closes no socket."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _own_address() -> str:

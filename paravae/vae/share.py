@@ -83,6 +83,8 @@ class Sharer:
     def gather(self, shard: Tensor, to: GatherTo = "all") -> Tensor | None:
         """Every rank's shard, [ranks, ...], once all ranks have come as far; None on a rank that does not receive."""
         group, shard = self.step.group, shard.contiguous()
+        if group.size == 1:
+            return shard[None]
         gathered = shard.new_empty((group.size, *shard.shape)) if to in ("all", group.rank) else None
 
         def collect() -> None:
