@@ -98,7 +98,8 @@ def _text(reports: Reports, head: list[str], rows: list[list[str]]) -> str:
     machines = [f"{', '.join(ranks)} rank{'s' * (ranks != ['1'])}: {line}." for line, ranks in lines.items()]
     left = [f"{case} on {ranks}" for ranks in sorted(reports) for case in reports[ranks].get("skipped", [])]
     absent = [str(ranks) for ranks in WORLDS if ranks not in reports]
-    notes = [f"Not run: {' and '.join(absent)} ranks."] if absent else []
+    listed = ", ".join(absent[:-1]) + " and " * (len(absent) > 1) + "".join(absent[-1:])
+    notes = [f"Not run: {listed} ranks."] if absent else []
     notes += [f"Not measured, for want of time: {'; '.join(left)}."] if left else []
     return "\n".join([*machines, "", table(head, rows)]) + ("\n" + " ".join(notes) + "\n" if notes else "")
 
