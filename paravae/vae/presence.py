@@ -17,6 +17,7 @@ from contextlib import suppress
 
 _GREETING = struct.Struct("!16si")  # the listener's secret, the caller's rank
 _MEETING_S = 8.0
+_HUNG_UP = getattr(select, "POLLRDHUP", select.POLLHUP)  # Linux tells of the other end even while data waits
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}  # seconds, seconds, times: gone after 8 s
 _MOST_WAITING = 1 << 16  # bytes of rows that nobody has taken yet
 
@@ -98,7 +99,7 @@ class Presence:
             return self._lost
         poll, rank_of = select.poll(), {line.fileno(): rank for rank, line in self._sockets.items()}
         for line in self._sockets.values():
-            poll.register(line, select.POLLRDHUP)
+            poll.register(line, _HUNG_UP)
         return next((rank_of[number] for number, _ in poll.poll(0)), None)
 
     def last_row(self, rank: int, size: int) -> bytes:

@@ -152,15 +152,12 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention, residual block."""
+    """Residual block, attention, residual block. What runs them: ``decoder.py`` and ``encoder.py``."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([ResidualBlock(channels, channels), ResidualBlock(channels, channels)])
         self.attentions = nn.ModuleList([Attention(channels)])
-
-    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, cache)), cache)
 
 
 def _each_frame(layer: nn.Module, x: Tensor) -> Tensor:
