@@ -15,12 +15,13 @@ step() { name=$1; shift; [[ $name =~ ${ONLY:-.} ]] || return 0; echo "== $name";
 
 step tests_cuda "$python" -m pytest -q -rs -p no:cacheprovider tests/test_cuda.py --durations 5 -s
 step tests_kernels "$python" -m pytest -q -rs -p no:cacheprovider tests/test_layers.py tests/test_fused_conv.py tests/test_hopper_attention.py --durations 5
-[ "$gpus" -lt 2 ] || step tests_nccl "$python" -m pytest -q -rs -p no:cacheprovider tests/test_nccl.py --durations 5
+[ "$gpus" -lt 2 ] || step tests_nccl "$python" -m pytest -q -rs -p no:cacheprovider tests/test_nccl.py tests/test_nccl_fast.py tests/test_nccl_killed.py --durations 5
 [ "$gpus" -lt 2 ] || step commands bash benchmarks/check_commands.sh "$gpus"
 step tiling "$python" -m benchmarks.tiling --output "$out/tiling.json"
 for ranks in 1 2 4; do
   [ "$ranks" -gt "$gpus" ] || step "scaling_$ranks" on "$ranks" -m benchmarks.scaling ${SGLANG:+--sglang "$SGLANG"} --minutes 6 --output "$out/scaling_$ranks.json"
 done
+[ "$gpus" -lt 2 ] || step calibrate on "$gpus" -m paravae bench calibrate --output "$out/calibration.json"
 step parts "$python" -m benchmarks.parts --output "$out/parts.json"
 step single_gpu "$python" -m benchmarks.single_gpu --peers diffusers ${SGLANG:+--sglang "$SGLANG"} --minutes 9 --output "$out/single_gpu.json"
 "$python" -m benchmarks.gpu_summary "$out" "$gpus"
