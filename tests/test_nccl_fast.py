@@ -113,10 +113,12 @@ def encode_and_video(here: Rank) -> str:
     picture = pictures(1, 3, 1, 512, 640, dtype=torch.bfloat16, device=here.device)
     truth, bound = alone(here, "encode", picture)
     for _ in range(4):
-        assert rms_error(vae.encode(picture).mean, truth) <= bound
+        error = rms_error(vae.encode(picture).mean, truth)
+        assert error <= bound, f"{error} from one GPU, {bound} is allowed"
     film = noise(1, 16, 3, 24, 40, dtype=torch.bfloat16, device=here.device)
     truth, bound = alone(here, "decode", film)
-    assert rms_error(vae.parallel_patch_decode(film), truth) <= bound
+    error = rms_error(vae.parallel_patch_decode(film), truth)
+    assert error <= bound, f"{error} from one GPU, {bound} is allowed"
     return "fine"
 
 

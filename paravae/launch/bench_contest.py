@@ -28,9 +28,9 @@ Row = dict[str, Any]
 _ROOM = 0.7  # of a device's memory: what everyone's leftovers may fill before they hinder each other
 
 COMPARED_WORDS = (
-    "from_alone_max: the largest difference from what paravae gives on one device. from_exact_max, from_exact_rms: of "
-    "an approximate decode, which is held against the same tiles on one device (paravae's in fp32, others' by "
-    "diffusers' own class in the benched dtype), against the exact fp32 one."
+    "from_alone_max, from_alone_rms: the difference from what paravae gives on one device. from_exact_max, "
+    "from_exact_rms: of an approximate decode, which is held against the same tiles on one device (paravae's in fp32, "
+    "others' by diffusers' own class in the benched dtype), the difference from the exact fp32 one."
 )
 
 
@@ -170,8 +170,9 @@ class Contest:
         for own in self.own:
             result = results[own.name]
             if not own.alone:
-                gap = 0.0 if one is None or result is None else errors(result, one)["max_error"]
-                rows[own.name].update(self._of_all_ranks({"from_alone_max": gap}))
+                found = dict.fromkeys(ERRORS, 0.0) if one is None or result is None else errors(result, one)
+                gaps = {"from_alone_max": found["max_error"], "from_alone_rms": found["rms_error"]}
+                rows[own.name].update(self._of_all_ranks(gaps))
 
     def _time(self, rows: Mapping[str, Row], contestants: Sequence[Peer], case: Case, given: Tensor) -> None:
         """Add times, and what they mean, to the contestants' rows."""
