@@ -18,6 +18,7 @@ from paravae.vae.comm import RankGroup
 from paravae.vae.pixels import to_uint8
 from paravae.vae.plan import grids, local_work, plan_patches
 from paravae.vae.presence import Presence
+from paravae.vae.rows import ROW_BYTES
 from tests.builders import max_error, pictures
 from tests.case_tools import TILES, alone, latents_for, parallel_vae, plan_with
 from tests.fault_cases import error_of, expect
@@ -138,7 +139,7 @@ def collectives_counted(here: Rank, method: str, agreements: int) -> str:
     if here.size == 1:
         assert gathers == rows == []
         return "fine"
-    assert rows == [comm._ROW_BYTES] * agreements
+    assert rows == [ROW_BYTES] * agreements
     assert gathers == _shard_bytes(vae, method, here.size), gathers
     return "fine"
 

@@ -16,7 +16,7 @@ LAYERS = (
     ("paravae.files", "paravae.configs", "paravae.vae.pixels", "paravae.vae.posterior"),
     ("paravae.vae.plan",),
     ("paravae.layers",),
-    ("paravae.vae.presence",),
+    ("paravae.vae.presence", "paravae.vae.rows"),
     ("paravae.vae.comm", "paravae.vae.blend", "paravae.vae.memory", "paravae.vae.checks", "paravae.vae.cost"),
     ("paravae.vae.models",),
     ("paravae.vae.engines",),

@@ -10,7 +10,6 @@ and a rank that is killed leaves nobody waiting.
 from __future__ import annotations
 
 import logging
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,17 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paravae.vae.presence import GoneError, Presence
+from paravae.vae.rows import FINE, GONE, INPUT_ERROR, ROW_BYTES, Row
 
 logger = logging.getLogger("paravae")
 
 # PyTorch 2.13 renamed the collective and deprecated its old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_ROW_BYTES = 1024  # of control
-_ROW_HEAD = struct.Struct("!Bq")  # kind, number; then a message in UTF-8, cut to fit
 _TEXT_BYTES = 400  # of a longer text, in one row
-_FINE, _INPUT_ERROR, _FAILURE, _GONE = 0, 1, 2, 3  # the last: the rank that is ``number``, as this one has found
-
 _GOING_ON = "the ranks were to go on together"
 
 _EAGER_S = 0.05  # a wait up to this long keeps the processor, lest a wake-up be added to it
@@ -227,17 +223,17 @@ class RankGroup:
 
     # ------------------------------------------------------------------------------------------- control
 
-    def _exchange(self, message: str, number: int = 0, failure: Exception | None = None) -> list[_Row]:
+    def _exchange(self, message: str, number: int = 0, failure: Exception | None = None) -> list[Row]:
         """Every rank's row, if no rank came with a failure."""
-        own = _Row.of(message, number, failure).packed()
-        rows = [_Row.unpacked(row) for row in self._rows(own)]
+        own = Row.of(message, number, failure).packed()
+        rows = [Row.unpacked(row) for row in self._rows(own)]
         for row in rows:
-            if row.kind == _GONE:
+            if row.kind == GONE:
                 raise self._error_of_gone(row.number, _GOING_ON)
         for rank, row in enumerate(rows):
-            if row.kind != _FINE:
+            if row.kind != FINE:
                 text = f"rank {rank} of {self.size} failed: {row.message}"
-                raise RankError(text, rank=rank, input_error=row.kind == _INPUT_ERROR, group=self)
+                raise RankError(text, rank=rank, input_error=row.kind == INPUT_ERROR, group=self)
         return rows
 
     def _rows(self, own: bytes) -> list[bytes]:
@@ -298,10 +294,10 @@ class RankGroup:
         """``rank`` has ended: because another had, if its last row says so. All others get to know it from here, lest
         they wait for this rank, or take it for the one that was first to end."""
         assert self.presence is not None
-        last = self.presence.last_row(rank, _ROW_BYTES)
-        if last and _Row.unpacked(last).kind == _GONE:
-            rank = _Row.unpacked(last).number
-        self.presence.lose(rank, _Row(_GONE, rank, "").packed())
+        last = self.presence.last_row(rank, ROW_BYTES)
+        if last and Row.unpacked(last).kind == GONE:
+            rank = Row.unpacked(last).number
+        self.presence.lose(rank, Row(GONE, rank, "").packed())
         self._abort()
         text = f"rank {rank} of {self.size} is gone ({self.presence.name(rank)} ended) while {meanwhile}"
         return RankError(text, rank=rank, input_error=False, gone=True, group=self)
@@ -359,31 +355,6 @@ class Step:
         self._over = True
         with suppress(Exception):  # whatever became of the others, this rank's own error is the one to raise
             self._group._exchange(self._request, failure=error)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """What a rank says on the control plane."""
-
-    kind: int
-    number: int
-    message: str
-
-    @staticmethod
-    def of(message: str, number: int, failure: Exception | None) -> _Row:
-        if failure is None:
-            return _Row(_FINE, number, message)
-        kind = _INPUT_ERROR if isinstance(failure, ValueError) else _FAILURE
-        return _Row(kind, number, f"{type(failure).__name__}: {failure}")
-
-    def packed(self) -> bytes:
-        row = _ROW_HEAD.pack(self.kind, self.number) + self.message.encode()
-        return row[:_ROW_BYTES].ljust(_ROW_BYTES, b"\0")
-
-    @staticmethod
-    def unpacked(row: bytes) -> _Row:
-        kind, number = _ROW_HEAD.unpack_from(row)
-        return _Row(kind, number, row[_ROW_HEAD.size :].rstrip(b"\0").decode(errors="replace"))
 
 
 def _control_group(process_group: dist.ProcessGroup) -> dist.ProcessGroup:
