@@ -13,6 +13,7 @@ from paravae import AutoencoderKLQwenImage, QwenImageVAEArchConfig, QwenImageVAE
 from paravae.layers import fallbacks
 from paravae.vae import plan
 from paravae.vae.checks import FiniteCheck
+from paravae.vae.engines.base import Load
 from paravae.vae.engines.fast_engine import FastEngine
 from paravae.vae.engines.graphs import GraphCache
 from paravae.vae.memory import device_bytes
@@ -290,8 +291,8 @@ def test_peak_memory_is_within_the_estimate(what: str, frames: int, dtype: torch
     getattr(vae, what)(value)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    trace, device = plan.whole(stages, *sides), value.device
-    estimate = engine.estimated_bytes(half, trace, 1, stream=frames > 1, dtype=dtype, device=device)
+    load = Load(half, plan.whole(stages, *sides), 1)
+    estimate = engine.estimated_bytes(load, dtype, value.device, stream=frames > 1)
     estimate += 64 * 2**20  # the result, the features, what libraries work in
     print(f"{what} {frames} latent frames {dtype}: peak {peak / 2**20:.0f} MiB, estimate {estimate / 2**20:.0f} MiB")
     assert peak <= estimate

@@ -7,7 +7,7 @@ import torch
 
 from paravae import Posterior
 from paravae.vae.checks import FiniteCheck, check_gather_to
-from paravae.vae.engines.base import Engine
+from paravae.vae.engines.base import Engine, Load
 from paravae.vae.memory import device_bytes, free_bytes
 from paravae.vae.pixels import from_uint8, psnr_db, to_uint8
 from paravae.vae.plan import whole
@@ -78,8 +78,7 @@ def test_estimated_bytes_by_hand() -> None:
     largest = 8 * 6 * 64
 
     def bytes_of(engine: Engine, dtype: torch.dtype, images: int = 1, stream: bool = False) -> int:
-        device = torch.device("cpu")
-        return engine.estimated_bytes("decoder", trace, images, stream=stream, dtype=dtype, device=device)
+        return engine.estimated_bytes(Load("decoder", trace, images), dtype, torch.device("cpu"), stream=stream)
 
     assert bytes_of(plain, torch.bfloat16) == largest * (4 * 2 + 3 * 4)
     assert bytes_of(plain, torch.float64, images=2) == 2 * largest * (4 * 8 + 3 * 8)

@@ -15,7 +15,7 @@ import torch
 from paravae.configs import VAEConfig
 from paravae.vae import plan
 from paravae.vae.cost import DecodeCost, Machine
-from paravae.vae.engines.base import Engine
+from paravae.vae.engines.base import Engine, Load
 from paravae.vae.memory import GIB
 from paravae.vae.plan import PatchPlan, TilePlan, Window
 
@@ -235,8 +235,8 @@ class DecodePlanner:
         return work + int(self._result_values * (2 * overlapping * self.dtype.itemsize + 8))
 
     def _window_bytes(self, trace: Sequence[Window], images: int) -> int:
-        stream, dtype, device = self.shape[2] > 1, self.dtype, self.device
-        return self.engine.estimated_bytes("decoder", trace, images, stream=stream, dtype=dtype, device=device)
+        load = Load("decoder", trace, images)
+        return self.engine.estimated_bytes(load, self.dtype, self.device, stream=self.shape[2] > 1)
 
     @property
     def _result_values(self) -> int:
@@ -300,7 +300,7 @@ class EncodePlanner:
     def _needed_bytes(self, patches: PatchPlan) -> int:
         batch, stream = self.shape[0], self.shape[2] > 1
         work = max(
-            self.engine.estimated_bytes("encoder", trace, batch, stream=stream, dtype=self.dtype, device=self.device)
+            self.engine.estimated_bytes(Load("encoder", trace, batch), self.dtype, self.device, stream=stream)
             for trace in patches.traces
         )
         features = batch * self.engine.feature_channels * self.lat_frames * self.lat_size[0] * self.lat_size[1]

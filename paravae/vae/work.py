@@ -13,6 +13,7 @@ from paravae.vae.blend import cross_fade, paste
 from paravae.vae.checks import FiniteCheck
 from paravae.vae.choice import DecodePlan
 from paravae.vae.comm import GatherTo
+from paravae.vae.engines.base import Load
 from paravae.vae.pixels import to_uint8
 from paravae.vae.plan import PatchPlan, TilePlan
 from paravae.vae.share import Progress, Sharer, own_place
@@ -101,8 +102,8 @@ class Decode:
             place = own_place(layout, group)
             trace, images = layout.traces[place], layout.images[place].size
             run = self._patched_image
-        agree, kept = self.sharer.step.agree, self.planned.kept_bytes
-        return self.sharer.engine.call("decoder", key, run, self.latents, agree, trace, images, kept)
+        load = Load("decoder", trace, images, self.planned.kept_bytes)
+        return self.sharer.engine.call(load, key, run, self.latents, self.sharer.step.agree)
 
     def _patched_image(self, latents: Tensor) -> Tensor:
         layout = self.planned.layout
@@ -168,7 +169,8 @@ class Encode:
             return self._moments(self.pixels, told)
         trace = self.patches.traces[own_place(self.patches, step.group)]
         key = (self.patches.grid, self.patches.head_rows, step.group)
-        moments = engine.call("encoder", key, self._moments, self.pixels, step.agree, trace, self.pixels.shape[0])
+        load = Load("encoder", trace, self.pixels.shape[0])
+        moments = engine.call(load, key, self._moments, self.pixels, step.agree)
         if told and trace[-1].area:
             told(1, 1)
         return moments

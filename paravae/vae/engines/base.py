@@ -27,6 +27,17 @@ class HeadShare:
     gather: Together
 
 
+@dataclass(frozen=True)
+class Load:
+    """What an engine is to run at once: ``half`` along ``trace``, for as many ``images``; the largest, if of several
+    sizes. ``kept_bytes``: of what calls that are repeated (``Engine.repeats``) read and write."""
+
+    half: Half
+    trace: Sequence[Window]
+    images: int
+    kept_bytes: int = 0
+
+
 class Engine(Protocol):
     """Turns windows of latents into pixels and windows of pixels into features, on one device.
 
@@ -67,22 +78,13 @@ class Engine(Protocol):
         ...
 
     def call(
-        self,
-        half: Half,
-        key: Hashable,
-        function: Callable[[Tensor], Tensor],
-        value: Tensor,
-        agree: Agree,
-        trace: Sequence[Window],
-        images: int,
-        kept_bytes: int = 0,
+        self, load: Load, key: Hashable, function: Callable[[Tensor], Tensor], value: Tensor, agree: Agree
     ) -> Tensor:
-        """``function(value)``, which calls this engine's ``half`` for a lone frame; an engine may record it and
-        replay what it recorded.
+        """``function(value)``, which puts ``load`` on this engine for a lone frame; an engine may record it and replay
+        what it recorded.
 
-        ``key`` names everything but the values in ``value`` that the result depends on; ``trace`` and ``images``: the
-        largest that the engine is called with; ``kept_bytes``: of what calls that are repeated read and write. All who
-        share the work call this alike, and so ``agree`` is called alike on all of them: once or twice.
+        ``key`` names everything but the values in ``value`` that the result depends on. All who share the work call
+        this alike, and so ``agree`` is called alike on all of them: once or twice.
         """
         ...
 
@@ -97,17 +99,8 @@ class Engine(Protocol):
         """Which way values of that dtype take there: "fast", or plain PyTorch in so many bits, "torch16", "torch32"."""
         ...
 
-    def estimated_bytes(
-        self,
-        half: Half,
-        trace: Sequence[Window],
-        images: int,
-        *,
-        stream: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> int:
-        """Peak over the weights of running ``half`` along ``trace``, an estimate on the safe side.
+    def estimated_bytes(self, load: Load, dtype: torch.dtype, device: torch.device, *, stream: bool) -> int:
+        """Peak over the weights of running ``load``, but for what it keeps: an estimate on the safe side.
 
         ``stream``: several latent frames, one after another.
         """

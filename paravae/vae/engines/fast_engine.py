@@ -9,14 +9,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from paravae.vae.engines.base import Agree, Half, HeadShare
+from paravae.vae.engines.base import Agree, HeadShare, Load
 from paravae.vae.engines.graphs import GraphCache
 from paravae.vae.engines.torch_engine import Networks, TorchEngine, cut, whole_of
 from paravae.vae.models.blocks import AttentionPart, FrameCache
 from paravae.vae.models.flow import Flow, crop_flow
 from paravae.vae.models.folded import FoldedDecoder, FoldedEncoder
 from paravae.vae.models.stage import run_local
-from paravae.vae.plan import Span, Window, peak_elements
+from paravae.vae.plan import Span, Window
 
 Folded = TypeVar("Folded")
 
@@ -99,28 +99,15 @@ class FastEngine(TorchEngine):
         return torch.cat(list(self._run(moments_of, features.split(1, dim=2))), dim=2)
 
     def call(
-        self,
-        half: Half,
-        key: Hashable,
-        function: Callable[[Tensor], Tensor],
-        value: Tensor,
-        agree: Agree,
-        trace: Sequence[Window],
-        images: int,
-        kept_bytes: int = 0,
+        self, load: Load, key: Hashable, function: Callable[[Tensor], Tensor], value: Tensor, agree: Agree
     ) -> Tensor:
         """A CUDA graph by key and shape, from the second call on."""
         if not self._is_for(value):
-            return super().call(half, key, function, value, agree, trace, images, kept_bytes)
-        copy: _Copy[Any] = self._fast_decoder if half == "decoder" else self._fast_encoder
+            return super().call(load, key, function, value, agree)
+        copy: _Copy[Any] = self._fast_decoder if load.half == "decoder" else self._fast_encoder
         copy.up_to_date()  # or else the graphs go
-        key = (half, key, value.shape, value.dtype, value.device)
-
-        def working() -> tuple[int, ...]:
-            largest = self._largest_bytes(half, trace, images * value.element_size())
-            return (*largest, kept_bytes) if kept_bytes else largest
-
-        return self.graphs.run(key, function, value, agree, working)
+        key = (load.half, key, value.shape, value.dtype, value.device)
+        return self.graphs.run(key, function, value, agree, lambda: self._working(load, value))
 
     def repeats(self, call: Callable[[], None]) -> bool:
         return self.graphs.repeats(call)
@@ -128,28 +115,23 @@ class FastEngine(TorchEngine):
     def kind(self, dtype: torch.dtype, device: torch.device) -> str:
         return "fast" if self._takes(dtype, device) else super().kind(dtype, device)
 
-    def estimated_bytes(
-        self,
-        half: Half,
-        trace: Sequence[Window],
-        images: int,
-        *,
-        stream: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> int:
+    def estimated_bytes(self, load: Load, dtype: torch.dtype, device: torch.device, *, stream: bool) -> int:
         """A lone frame takes the three tensors of ``_largest_bytes``; with the folded weights and the result an H200
         held 0.99 to 1.04 of it. A stream was measured at 0.9 of the plain engine's."""
         if stream or not self._takes(dtype, device):
-            return super().estimated_bytes(half, trace, images, stream=stream, dtype=dtype, device=device)
-        return sum(self._largest_bytes(half, trace, images * dtype.itemsize))
+            return super().estimated_bytes(load, dtype, device, stream=stream)
+        return sum(self._largest_bytes(load, dtype.itemsize))
 
-    def _largest_bytes(self, half: Half, trace: Sequence[Window], value_bytes: int) -> tuple[int, ...]:
+    def _working(self, load: Load, value: Tensor) -> tuple[int, ...]:
+        """Bytes of all that a recorded call is to find room for beforehand."""
+        largest = self._largest_bytes(load, value.element_size())
+        return (*largest, load.kept_bytes) if load.kept_bytes else largest
+
+    def _largest_bytes(self, load: Load, value_bytes: int) -> tuple[int, ...]:
         """Of the largest tensors of a lone frame: the stream, what a convolution reads, what it writes. One of them is
         to have room for one more row and column in the encoder, for a convolution that halves the size."""
-        stages = self.decoder_stages if half == "decoder" else self.encoder_stages
-        largest, given = value_bytes * peak_elements(stages, trace), trace[0]
-        if half == "decoder" or not given.area:
+        largest, given = value_bytes * self._peak_values(load), load.trace[0]
+        if load.half == "decoder" or not given.area:
             return largest, largest, largest
         return largest, largest, -(-largest * (given.rows.size + 1) * (given.cols.size + 1) // given.area)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paravae.vae.engines.base import Agree, Half, HeadShare
+from paravae.vae.engines.base import Agree, HeadShare, Load
 from paravae.vae.engines.graphs import EAGER
 from paravae.vae.models.blocks import AttentionPart, CausalConv3d, FrameCache
 from paravae.vae.models.decoder import Decoder
@@ -78,15 +78,7 @@ class TorchEngine:
         return quant_conv(torch.cat(moments, dim=2))
 
     def call(
-        self,
-        half: Half,
-        key: Hashable,
-        function: Callable[[Tensor], Tensor],
-        value: Tensor,
-        agree: Agree,
-        trace: Sequence[Window],
-        images: int,
-        kept_bytes: int = 0,
+        self, load: Load, key: Hashable, function: Callable[[Tensor], Tensor], value: Tensor, agree: Agree
     ) -> Tensor:
         agree(EAGER)
         return function(value)
@@ -97,27 +89,22 @@ class TorchEngine:
     def kind(self, dtype: torch.dtype, device: torch.device) -> str:
         return "torch16" if dtype.itemsize == 2 else "torch32"
 
-    def estimated_bytes(
-        self,
-        half: Half,
-        trace: Sequence[Window],
-        images: int,
-        *,
-        stream: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> int:
+    def estimated_bytes(self, load: Load, dtype: torch.dtype, device: torch.device, *, stream: bool) -> int:
         """At the largest activation there live at once: its input, output and shortcut in ``dtype``, and the norm's
         copies in at least fp32. A stream runs ``temporal_ratio`` frames at a time, keeps two more for each of the
         seven convolutions of that level, and copies them together for each convolution, whose 3-D kernels take as
         much again to work in. Measured on an H200 at 512 x 512: 0.6 to 0.9 of this.
         """
-        stages = self.decoder_stages if half == "decoder" else self.encoder_stages
         frames = self._networks.temporal_ratio if stream else 1
         narrow, wide = dtype.itemsize, max(dtype.itemsize, 4)
         frame_bytes = 4 * narrow + 3 * wide
         stream_bytes = 14 * narrow + 2 * (frames + 2) * narrow if stream else 0
-        return images * peak_elements(stages, trace) * (frames * frame_bytes + stream_bytes)
+        return self._peak_values(load) * (frames * frame_bytes + stream_bytes)
+
+    def _peak_values(self, load: Load) -> int:
+        """Numbers in the largest activation of one frame of all images."""
+        stages = self.decoder_stages if load.half == "decoder" else self.encoder_stages
+        return load.images * peak_elements(stages, load.trace)
 
     @staticmethod
     def _head_plan(
