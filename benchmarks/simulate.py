@@ -43,7 +43,7 @@ from paravae.launch.machine import describe
 from paravae.launch.models import DTYPES
 from paravae.launch.plan import ASSUMED_GPU
 from paravae.launch.planned import planner_of
-from paravae.vae.cost import Link, Machine, machine_named, read_machine
+from paravae.vae.cost import Link, Machine, machine_of
 
 OUTPUT = Path(__file__).parent / "results/simulation.json"
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.price > 0:
         parser.error(f"--price is {args.price:g}, needs to be positive")
     try:
-        machine = read_machine(args.cost_table) if args.cost_table else machine_named(args.gpu)
+        machine = machine_of(args.cost_table, args.gpu)
     except ValueError as error:
         parser.error(str(error))
     rows = simulate(machine, DTYPES[args.dtype], args.price)

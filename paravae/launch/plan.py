@@ -19,7 +19,7 @@ from paravae.launch.plan_report import Prediction, as_json, show
 from paravae.launch.planned import planner_of
 from paravae.launch.world import Place
 from paravae.vae.comm import RankGroup
-from paravae.vae.cost import machine_named, read_machine
+from paravae.vae.cost import machine_of
 from paravae.vae.memory import GIB, device_name, free_bytes
 from paravae.vae.models.checkpoint import read_arch
 
@@ -90,7 +90,7 @@ def predict(args: argparse.Namespace) -> Prediction:
     (case,) = make_cases(["decode"], [args.size], [args.frames], config.arch_config, flag="--size")
     gpu, why = _gpu(args.gpu)
     device = torch.device(CPU if gpu == CPU else "cuda")
-    machine = read_machine(Path(config.cost_table)) if config.cost_table else machine_named(gpu)
+    machine = machine_of(config.cost_table, gpu)
     with torch.device("meta"):
         vae = AutoencoderKLQwenImage(config)
     shape = (args.batch, *case.latents_shape(config.arch_config)[1:])

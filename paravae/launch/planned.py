@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from paravae import AutoencoderKLQwenImage
 from paravae.vae.checks import FiniteCheck
 from paravae.vae.choice import DecodePlan, DecodePlanner
 from paravae.vae.comm import RankGroup
-from paravae.vae.cost import Machine, machine_named, read_machine
+from paravae.vae.cost import Machine, machine_of
 from paravae.vae.memory import device_name
 from paravae.vae.plan import PatchPlan, Span, grids
 from paravae.vae.share import Sharer
@@ -109,8 +108,8 @@ class WayOfDecoding:
         return decode_as(self._vae, self._plans[shape], latents, self._vae.parallel_group)
 
     def _plan(self, latents: Tensor) -> DecodePlan:
-        table, ranks = self._vae.config.cost_table, self._vae.parallel_group.size
-        machine = read_machine(Path(table)) if table else machine_named(device_name(latents.device))
+        ranks = self._vae.parallel_group.size
+        machine = machine_of(self._vae.config.cost_table, device_name(latents.device))
         planner = planner_of(self._vae, machine, tuple(latents.shape), latents.dtype, latents.device, ranks)
         for planned in (planner.single(), *(planner.patches() if ranks > 1 else ())):
             if Way(planned.choice.grid, planned.choice.head) == self._way:

@@ -131,6 +131,14 @@ def read_machine(path: Path) -> Machine:
         raise ValueError(f"cost_table (--vae-config.cost-table) {path}: {error}") from error
 
 
+def machine_of(table: str | Path | None, name: str) -> Machine:
+    """The constants in the file ``table`` if one is given (a config's ``cost_table``), else those of the GPU ``name``.
+
+    Raises: as ``read_machine`` does.
+    """
+    return read_machine(Path(table)) if table else machine_named(name)
+
+
 @dataclass(frozen=True)
 class _Part:
     """What a rank computes: the head along ``front``, its attention of ``queries``, the tail along ``trace``."""

@@ -7,7 +7,6 @@ published models. Every rank of the parallel group calls with the same tensors a
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -17,7 +16,7 @@ from paravae.configs import VAEConfig
 from paravae.vae.checks import FiniteCheck, check_gather_to, check_half, check_latents, check_output_type, check_pixels
 from paravae.vae.choice import DecodeChoice, DecodePlan, DecodePlanner, EncodePlanner, KeptPlans
 from paravae.vae.comm import GatherTo, RankGroup
-from paravae.vae.cost import Machine, machine_named, read_machine
+from paravae.vae.cost import Machine, machine_of
 from paravae.vae.engines.base import Engine
 from paravae.vae.memory import GIB, device_name, free_bytes
 from paravae.vae.plan import PatchPlan
@@ -274,7 +273,7 @@ class ParallelTiledVAE(nn.Module):
         """What predictions go by: rank 0's constants, so that all ranks come to the same plan."""
         table = self.config.cost_table
         if (ranks, table) not in self._machines:
-            own = read_machine(Path(table)) if table else machine_named(device_name(self.device))
+            own = machine_of(table, device_name(self.device))
             self._machines[ranks, table] = Machine.from_json(ranks.first("cost table", own.to_json()))
         return self._machines[ranks, table]
 
