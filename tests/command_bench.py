@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -86,6 +87,25 @@ def bench(stock: Bench, tmp_path: Path) -> Bench:
         (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / "out").mkdir()
     return replace(stock, folder=tmp_path)
+
+
+Refused = Callable[..., str]
+"""(a command to run, words of its error ...) -> what it printed on stdout."""
+
+
+@pytest.fixture
+def refused(bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Bad input to a command run in the bench's folder: exit status 2, one line that says so, nothing written."""
+
+    def run(command: Callable[[], int], *words: str) -> str:
+        monkeypatch.chdir(bench.folder)
+        assert command() == 2
+        told = capsys.readouterr()
+        expect_one_line(told.err, *words)
+        assert bench.written() == []
+        return told.out
+
+    return run
 
 
 def expect_one_line(stderr: str, *words: str) -> None:

@@ -15,7 +15,7 @@ from paravae.launch.plan_drawing import Box, draw
 from paravae.vae.choice import DecodeChoice
 from paravae.vae.plan import Span, Window
 from tests.builders import small_vae
-from tests.command_bench import Bench, expect_one_line
+from tests.command_bench import Bench, Refused
 from tests.ranks import Rank, run_ranks
 
 TILES = {"tile_sample_min_height": 32, "tile_sample_min_width": 32}
@@ -157,19 +157,8 @@ def test_the_assumed_gpu_and_an_unknown_one_are_said(capsys: pytest.CaptureFixtu
         (["--vae-config.load-decoder", "false"], "--vae-config.load-decoder is false"),
     ],
 )
-def test_bad_input(
-    bench: Bench,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    flags: list[str],
-    words: str,
-) -> None:
-    monkeypatch.chdir(bench.folder)
-    assert main(["plan", "--size", "64x64", "--ranks", "2", *flags]) == 2
-    told = capsys.readouterr()
-    expect_one_line(told.err, words)
-    assert told.out == ""
-    assert bench.written() == []
+def test_bad_input(refused: Refused, flags: list[str], words: str) -> None:
+    assert refused(lambda: main(["plan", "--size", "64x64", "--ranks", "2", *flags]), words) == ""
 
 
 # --------------------------------------------------------------------------------------------------- drawing
