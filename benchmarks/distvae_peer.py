@@ -9,13 +9,12 @@ against diffusers' own tiled decode on one device.
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from paravae.launch.bench_model import Model
-from paravae.launch.bench_peers import Peer, Tensors, diffusers_vae
+from paravae.launch.bench_peers import Peer, diffusers_calls, diffusers_vae, refusing
 from paravae.launch.machine import version_of
 
 MODES = ("rows", "tiles")
@@ -37,13 +36,14 @@ def build(model: Model, dtype: torch.dtype, device: torch.device, mode: str) -> 
     if mode == "tiles":
         one, _ = diffusers_vae(arch, state, dtype, device)
         one.enable_tiling()
-        tiles = _decode_of(one)
+        tiles, _ = diffusers_calls(one)
     ranks = torch.distributed.get_world_size()
     what_ran = (
         f"DistVAE {version_of('distvae')} over diffusers {diffusers}'s AutoencoderKLQwenImage, eager, {how}, on "
         f"{ranks} ranks of the world group ({torch.distributed.get_backend_config()})"
     )
-    return Peer(f"distvae-{mode}", what_ran, _decode_of(vae), _refuse, tiles=tiles)
+    decode, _ = diffusers_calls(vae)
+    return Peer(f"distvae-{mode}", what_ran, decode, refusing("DistVAE shares decodes only"), tiles=tiles)
 
 
 def _share_rows(vae: Any) -> str:
@@ -63,15 +63,3 @@ def _share_tiles(vae: Any) -> str:
         raise RuntimeError(f"DistVAE has no tiled decode for {type(vae).__name__}")
     window = f"{vae.tile_sample_min_height} px, stride {vae.tile_sample_stride_height}"
     return f"tiles ({window}) by tiled_decode_for with sharing()'s assembly"
-
-
-def _decode_of(vae: Any) -> Tensors:
-    @torch.no_grad()
-    def decode(latents: Tensor) -> Tensor:
-        return vae.decode(latents, return_dict=False)[0]
-
-    return decode
-
-
-def _refuse(_: Tensor) -> NoReturn:
-    raise NotImplementedError("only DistVAE's decode is run here")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-from torch import Tensor
 
 from paravae.launch.bench import OtherPeer
 from paravae.launch.bench_model import Model
-from paravae.launch.bench_peers import Peer
+from paravae.launch.bench_peers import Peer, refusing
 
 
 def sglang_from(folder: Path) -> OtherPeer:
@@ -61,10 +59,7 @@ def or_reason(name: str, build: OtherPeer) -> OtherPeer:
             return build(model, dtype, device)
         except Exception as error:  # whatever it is of another's code, it is a result
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-        def refuse(_: Tensor) -> NoReturn:
-            raise RuntimeError(f"not built: {reason}")
-
+        refuse = refusing(f"not built: {reason}")
         return Peer(name, f"not built: {reason}", refuse, refuse)
 
     return attempt

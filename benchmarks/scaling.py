@@ -27,7 +27,7 @@ from paravae import QwenImageVAEConfig, VAEArchConfig
 from paravae.configs.cli import number, whole_number
 from paravae.launch import bench, bench_report
 from paravae.launch.bench import OtherPeer
-from paravae.launch.bench_cases import Case, make_cases, pixel_size
+from paravae.launch.bench_cases import Case, make_cases
 from paravae.launch.bench_contest import Contest, Own
 from paravae.launch.bench_model import Model, load
 from paravae.launch.bench_peers import Peer, diffusers_peer
@@ -48,14 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--sizes",
-        type=pixel_size,
-        nargs="*",
-        default=[pixel_size(size) for size in SIZES],
-        metavar="WxH",
-        help=f"width x height of images in pixels (default: {' '.join(SIZES)})",
-    )
+    bench.add_sizes_flag(parser, SIZES, at_least_one=False)
     parser.add_argument(
         "--video-frames",
         type=whole_number,

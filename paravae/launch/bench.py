@@ -48,14 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_case_flags(parser: argparse.ArgumentParser) -> None:
     """What is timed."""
-    parser.add_argument(
-        "--sizes",
-        type=pixel_size,
-        nargs="+",
-        default=[pixel_size(size) for size in SIZES],
-        metavar="WxH",
-        help=f"width x height in pixels (default: {' '.join(SIZES)})",
-    )
+    add_sizes_flag(parser, SIZES, at_least_one=True)
     parser.add_argument(
         "--frames",
         type=whole_number,
@@ -66,6 +59,18 @@ def add_case_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--what", choices=WHATS, nargs="+", default=list(WHATS), help="what to time (default: decode encode)"
+    )
+
+
+def add_sizes_flag(parser: argparse.ArgumentParser, sizes: Sequence[str], *, at_least_one: bool) -> None:
+    """``--sizes``, by default ``sizes``."""
+    parser.add_argument(
+        "--sizes",
+        type=pixel_size,
+        nargs="+" if at_least_one else "*",
+        default=[pixel_size(size) for size in sizes],
+        metavar="WxH",
+        help=f"width x height in pixels (default: {' '.join(sizes)})",
     )
 
 

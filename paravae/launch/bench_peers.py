@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ def diffusers_peer(arch: VAEArchConfig, state: Mapping[str, Tensor], dtype: torc
     """diffusers' own class, run eagerly, as it comes."""
     vae, version = diffusers_vae(arch, state, dtype, device)
     what_ran = f"diffusers {version}, AutoencoderKLQwenImage, eager, PyTorch's default settings, no tiling"
-    return Peer("diffusers", what_ran, *_calls(vae), alone=True)
+    return Peer("diffusers", what_ran, *diffusers_calls(vae), alone=True)
 
 
 def compiled_peer(arch: VAEArchConfig, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Peer:
@@ -101,7 +101,7 @@ def compiled_peer(arch: VAEArchConfig, state: Mapping[str, Tensor], dtype: torch
         f"diffusers {version}, AutoencoderKLQwenImage, channels-last weights, decoder and encoder compiled by "
         "torch.compile(dynamic=False), no tiling"
     )
-    return Peer("compile", what_ran, *_calls(vae), alone=True)
+    return Peer("compile", what_ran, *diffusers_calls(vae), alone=True)
 
 
 PEERS: dict[str, PeerBuilder] = {"diffusers": diffusers_peer, "compile": compiled_peer}
@@ -124,7 +124,7 @@ def check_peers(names: list[str], device: torch.device) -> None:
         )
 
 
-def _calls(vae: Any) -> tuple[Tensors, Tensors]:
+def diffusers_calls(vae: Any) -> tuple[Tensors, Tensors]:
     """decode and encode of diffusers' class, without gradients."""
 
     @torch.no_grad()
@@ -136,3 +136,12 @@ def _calls(vae: Any) -> tuple[Tensors, Tensors]:
         return vae.encode(pixels, return_dict=False)[0].mode()
 
     return decode, encode
+
+
+def refusing(reason: str) -> Tensors:
+    """What stands for a call that a peer does not have: it says why not."""
+
+    def refuse(_: Tensor) -> NoReturn:
+        raise RuntimeError(reason)
+
+    return refuse
