@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paravae.configs.cli import whole_number
 from paravae.launch import bench_report
 from paravae.launch.bench_cases import Case
 from paravae.launch.bench_contest import Contest, Row
+
+VIDEO = (832, 480)  # width x height in pixels
+
+
+def add_video_flag(parser: argparse.ArgumentParser, frames: Sequence[int]) -> None:
+    """``--video-frames``, by default ``frames``."""
+    parser.add_argument(
+        "--video-frames",
+        type=whole_number,
+        nargs="*",
+        default=list(frames),
+        metavar="N",
+        help=f"pixel frames of {VIDEO[0]}x{VIDEO[1]} videos, besides --sizes (default: {' '.join(map(str, frames))})",
+    )
 
 
 def run_cases(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 Cases = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """{size and length: {who: row}}"""
@@ -62,3 +63,15 @@ def _megapixels(row: Mapping[str, Any]) -> float:
     """Of all frames together."""
     width, height = (int(side) for side in row["size"].split("x"))
     return width * height * row["frames"] / 1e6
+
+
+def dress_over_gpus(above: Any, below: Any, gpus: Sequence[int]) -> None:
+    """Axes of times, and below them of efficiencies, over numbers of GPUs."""
+    for ax in (above, below):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(gpus, [str(count) for count in gpus])
+        ax.spines[["top", "right"]].set_visible(False)
+    above.yaxis.set_minor_formatter(NullFormatter())
+    below.set_ylim(0, 1.1)
+    below.yaxis.set_major_formatter(PercentFormatter(1.0))
+    below.set_xlabel("GPUs")

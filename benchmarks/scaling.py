@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers
-from benchmarks.case_runner import deadline, run_cases
+from benchmarks.case_runner import VIDEO, add_video_flag, deadline, run_cases
 from paravae import QwenImageVAEConfig, VAEArchConfig
-from paravae.configs.cli import number, whole_number
+from paravae.configs.cli import number
 from paravae.launch import bench, bench_report
 from paravae.launch.bench import OtherPeer
 from paravae.launch.bench_cases import Case, make_cases
@@ -39,8 +39,7 @@ from paravae.launch.world import Place, World, place_from_environment, world
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("1024x1024", "1328x1328", "2048x2048", "4096x4096")
-VIDEO = (832, 480)  # width x height in pixels
-VIDEO_FRAMES = [81]
+VIDEO_FRAMES = (81,)
 PEERS = ("diffusers", "sglang-spatial_shard", "sglang-auto", "distvae-rows", "distvae-tiles")
 
 
@@ -49,14 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     bench.add_sizes_flag(parser, SIZES, at_least_one=False)
-    parser.add_argument(
-        "--video-frames",
-        type=whole_number,
-        nargs="*",
-        default=VIDEO_FRAMES,
-        metavar="N",
-        help=f"pixel frames of {VIDEO[0]}x{VIDEO[1]} videos (default: 81)",
-    )
+    add_video_flag(parser, VIDEO_FRAMES)
     parser.add_argument(
         "--peers", choices=PEERS, nargs="*", help="who else is timed (default: all that the ranks and --sglang allow)"
     )

@@ -9,8 +9,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import ScalarFormatter
 
+from benchmarks.plot import dress_over_gpus
 from benchmarks.scaling_tables import DIFFUSERS, NAMES, OURS, OURS_ALONE, WORLDS, Found, Reports, each_case
 
 LINES = {OURS: "#0b6e4f", "sglang-spatial_shard": "#e08e45", "distvae-rows": "#7a8fb8"}
@@ -40,17 +41,11 @@ def draw(reports: Reports, path: Path, title: str) -> None:
             if who == OURS:
                 _annotate(above, times)
         _draw_references(above, below, worlds)
-        for ax in (above, below):
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(WORLDS, [str(ranks) for ranks in WORLDS])
-            ax.set_xlim(0.85, WORLDS[-1] / 0.85)
-            ax.spines[["top", "right"]].set_visible(False)
         above.set_yscale("log")
+        dress_over_gpus(above, below, WORLDS)
         above.yaxis.set_major_formatter(ScalarFormatter())
-        above.yaxis.set_minor_formatter(NullFormatter())
-        below.set_ylim(0, 1.1)
-        below.yaxis.set_major_formatter(PercentFormatter(1.0))
-        below.set_xlabel("GPUs")
+        for ax in (above, below):
+            ax.set_xlim(0.85, WORLDS[-1] / 0.85)
     axes[0][0].set_ylabel("milliseconds (lower is better)")
     axes[1][0].set_ylabel("efficiency against itself on one GPU")
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -9,8 +9,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import StrMethodFormatter
 
+from benchmarks.plot import dress_over_gpus
 from benchmarks.simulation_tables import series_of
 
 COLOURS = ("#0b6e4f", "#e08e45", "#7a8fb8")
@@ -39,16 +40,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
         above.plot(ranks, [rows[0]["ms"] / count for count in ranks], ":", color="#555555", label="ideal")
         below.axhline(1, linestyle=":", color="#555555")
         above.set_title(case, loc="left", fontweight="bold", fontsize=10)
-        for ax in (above, below):
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(ranks, [str(count) for count in ranks])
-            ax.spines[["top", "right"]].set_visible(False)
         above.set_yscale("log", base=2)
+        dress_over_gpus(above, below, ranks)
         above.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        above.yaxis.set_minor_formatter(NullFormatter())
-        below.set_ylim(0, 1.1)
-        below.yaxis.set_major_formatter(PercentFormatter(1.0))
-        below.set_xlabel("GPUs")
     axes[0][0].set_ylabel("milliseconds, predicted")
     axes[1][0].set_ylabel("efficiency, predicted")
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.case_runner import deadline, run_cases
+from benchmarks.case_runner import VIDEO, add_video_flag, deadline, run_cases
 from benchmarks.peers import sglang_from
 from paravae import QwenImageVAEConfig, VAEArchConfig
-from paravae.configs.cli import number, whole_number
+from paravae.configs.cli import number
 from paravae.launch import bench, bench_report
 from paravae.launch.bench_cases import WHATS, Case, make_cases
 from paravae.launch.bench_contest import Row
@@ -30,8 +30,7 @@ from paravae.launch.bench_model import load
 from paravae.launch.world import Place, World, world
 
 RESULTS = Path(__file__).parent / "results/single_gpu.json"
-VIDEO = (832, 480)  # width x height in pixels
-VIDEO_FRAMES = [17, 81]
+VIDEO_FRAMES = (17, 81)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,14 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_method_flags(parser)
     parser.set_defaults(peers=["diffusers", "compile"])
     parser.add_argument("--no-peers", action="store_const", const=[], dest="peers", help="time none of --peers")
-    parser.add_argument(
-        "--video-frames",
-        type=whole_number,
-        nargs="*",
-        default=VIDEO_FRAMES,
-        metavar="N",
-        help=f"pixel frames of {VIDEO[0]}x{VIDEO[1]} videos, besides --sizes (default: 17 81)",
-    )
+    add_video_flag(parser, VIDEO_FRAMES)
     parser.add_argument("--sglang", type=Path, metavar="FOLDER", help="time SGLang's class too, from this folder")
     parser.add_argument("--minutes", type=number, metavar="X", help="start no case after this long (default: no limit)")
     parser.add_argument("--resume", action="store_true", help="keep the cases that --output already has")
