@@ -57,7 +57,11 @@ def tiled_equals_serial(here: Rank, size: str, frames: int, batch: int, dtype: s
     grid = vae.last_choice.grid
     if here.rank > 0:  # they have the very same: their digests tell
         return digest(pixels)
-    assert torch.equal(pixels, vae.tiled_decode(latents))
+    serial = vae.tiled_decode(latents)
+    if vae.dtype == torch.bfloat16 and latents.is_cuda:  # the fast engine's algorithms depend on the tiles in a batch
+        assert rms_error(pixels, serial) <= 0.01
+    else:
+        assert torch.equal(pixels, serial)
     whole = alone(vae, latents)
     if max(latents.shape[-2:]) <= 8:  # within one tile: no tiling at all
         assert grid == (1, 1)

@@ -36,13 +36,13 @@ def full_size(here: Rank) -> AutoencoderKLQwenImage:
     return model().build(QwenImageVAEConfig(use_parallel_decode=True), torch.bfloat16, here.device)
 
 
-def alone(here: Rank, what: str, value: Tensor) -> tuple[Tensor, float]:
+def alone(
+    here: Rank,
+    value: Tensor,
+    result: Callable[[AutoencoderKLQwenImage, Tensor], Tensor] = AutoencoderKLQwenImage.decode,
+) -> tuple[Tensor, float]:
     """One GPU's own result, and how far another rounding of it may be: root two times its RMS error against fp32, as
-    for two that round independently."""
-
-    def result(single: AutoencoderKLQwenImage, value: Tensor) -> Tensor:
-        return single.decode(value) if what == "decode" else single.encode(value).mean
-
+    for two that round independently (cuDNN's algorithms, and so their roundings, depend on a window's shape)."""
     single = full_size(here)
     single.config = replace(single.config, use_parallel_decode=False)
     own = result(single, value)
@@ -68,7 +68,7 @@ def every_plan(here: Rank, batch: int) -> str:
     that records and the replays all alike."""
     vae = full_size(here)
     latents = noise(batch, 16, 1, 40, 56, dtype=torch.bfloat16, device=here.device)
-    truth, bound = alone(here, "decode", latents)
+    truth, bound = alone(here, latents)
     plans = plans_of(vae, latents)
     assert {plan.choice.head for plan in plans} == {"own", "shared"}
     assert {plan.choice.groups for plan in plans} >= ({1, 2} if batch > 1 else {1})
@@ -93,9 +93,10 @@ def tiles_and_uint8(here: Rank) -> str:
     """Tiles dealt to ranks are those of one rank to rounding; levels are those of the float pixels."""
     vae = full_size(here)
     latents = noise(1, 16, 1, 64, 72, dtype=torch.bfloat16, device=here.device)
-    serial = vae.tiled_decode(latents)
+    serial, bound = alone(here, latents, AutoencoderKLQwenImage.tiled_decode)
     for _ in range(3):
-        assert rms_error(vae.parallel_tiled_decode(latents), serial) <= 1e-3
+        error = rms_error(vae.parallel_tiled_decode(latents), serial)
+        assert error <= bound, f"{error} from one GPU, {bound} is allowed"
     pixels = vae.parallel_patch_decode(latents)
     for _ in range(3):
         assert max_error(vae.parallel_patch_decode(latents, output_type="uint8"), to_uint8(pixels)) <= 1
@@ -111,12 +112,12 @@ def tiles_and_uint8(here: Rank) -> str:
 def encode_and_video(here: Rank) -> str:
     vae = full_size(here)
     picture = pictures(1, 3, 1, 512, 640, dtype=torch.bfloat16, device=here.device)
-    truth, bound = alone(here, "encode", picture)
+    truth, bound = alone(here, picture, lambda vae, pixels: vae.encode(pixels).mean)
     for _ in range(4):
         error = rms_error(vae.encode(picture).mean, truth)
         assert error <= bound, f"{error} from one GPU, {bound} is allowed"
     film = noise(1, 16, 3, 24, 40, dtype=torch.bfloat16, device=here.device)
-    truth, bound = alone(here, "decode", film)
+    truth, bound = alone(here, film)
     error = rms_error(vae.parallel_patch_decode(film), truth)
     assert error <= bound, f"{error} from one GPU, {bound} is allowed"
     return "fine"

@@ -31,6 +31,8 @@ PROMPT_S = 10.0
         ("before a replay", 1, 8),
         ("in the gather", 0, 8),
         ("in the gather", 1, 0),
+        ("in the group's first gather", 0, 0),
+        ("in the group's first gather", 1, 0),
         ("in the gather to one", 0, 0),
         ("in the gather to one", 1, 0),
         ("with the attention", 1, 0),

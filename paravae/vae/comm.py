@@ -13,8 +13,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,10 @@ _BLAME_S = 3.0  # for a closed socket to show which rank broke a connection
 _ABORT_S = 5.0
 
 
+GatherTo = Literal["all"] | int
+"""Which ranks of a group receive: all, or one."""
+
+
 class RankError(RuntimeError):
     """Another rank failed, is gone, or asked for something else; ``input_error``: its input was at fault.
 
@@ -56,10 +61,6 @@ class RankError(RuntimeError):
         self.group = group
 
 
-GatherTo = Literal["all"] | int
-"""Which ranks of a group receive: all, or one."""
-
-
 @dataclass(frozen=True)
 class RankGroup:
     """The ranks of one process group, seen from one of them."""
@@ -69,6 +70,8 @@ class RankGroup:
     data: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
     presence: Presence | None = None
+    connected: set[tuple[GatherTo, int]] = field(default_factory=set, compare=False, repr=False)
+    """What NCCL has gathered already: to whom, and how many bytes of each rank."""
 
     @staticmethod
     def alone() -> RankGroup:
@@ -202,12 +205,12 @@ class RankGroup:
             if received is not None:
                 received.copy_(sent)
         elif to == "all":
-            self._run(lambda **how: _all_gather_single(received, sent, group=self.data, **how), shard)
+            self._run(lambda **how: _all_gather_single(received, sent, group=self.data, **how), sent, to)
         else:
             assert self.data is not None
             parts = None if gathered is None else [_bytes(part) for part in gathered]
             target = dist.get_global_rank(self.data, to)
-            self._run(lambda **how: dist.gather(sent, parts, target, self.data, **how), shard)
+            self._run(lambda **how: dist.gather(sent, parts, target, self.data, **how), sent, to)
 
     def settle(self, like: Tensor) -> None:
         """Wait until the device of ``like`` has done what was queued on it, as long as all ranks are there.
@@ -241,7 +244,7 @@ class RankGroup:
         if self.presence is None:
             row = torch.frombuffer(bytearray(own), dtype=torch.uint8)
             gathered = row.new_empty((self.size, *row.shape))
-            self._run(lambda **how: _all_gather_single(gathered.view(-1), row, group=self.control, **how), row)
+            self._run(lambda **how: _all_gather_single(gathered.view(-1), row, group=self.control, **how), row, "all")
             return [bytes(row.numpy()) for row in gathered]
         try:
             rows = {self.rank: own, **self.presence.exchange(own)}
@@ -249,19 +252,49 @@ class RankGroup:
             raise self._error_of_gone(gone.rank, _GOING_ON) from None
         return [rows[rank] for rank in range(self.size)]
 
-    def _run(self, collective: Callable[..., Any], like: Tensor) -> None:
+    def _run(self, collective: Callable[..., Any], sent: Tensor, to: GatherTo) -> None:
         """Start a collective. On CPU tensors wait for it too, as long as all ranks are there."""
-        if like.is_cuda:
-            collective()
+        if sent.is_cuda:
+            key = (to, sent.numel())
+            if key in self.connected:
+                collective()
+            else:
+                self._connect(collective, sent)
+                self.connected.add(key)
             return
-        try:
+        with self._blaming("the ranks were exchanging data") as meanwhile:
             work = collective(async_op=True)
-            self._wait_for(work.is_completed, "the ranks were exchanging data")
+            self._wait_for(work.is_completed, meanwhile)
             work.wait()
+
+    def _connect(self, collective: Callable[..., Any], sent: Tensor) -> None:
+        """Start a collective for which NCCL may have to connect the ranks: that keeps the thread that asks for it, for
+        ever if a rank is gone. Which connections it has yet depends on the collective and the bytes."""
+        stream, inference = torch.cuda.current_stream(sent.device), torch.is_inference_mode_enabled()
+        connecting: Future[None] = Future()
+
+        def connect() -> None:
+            try:
+                with torch.inference_mode(inference), torch.cuda.stream(stream):
+                    collective()
+                connecting.set_result(None)
+            except Exception as error:
+                connecting.set_exception(error)
+
+        threading.Thread(target=connect, daemon=True).start()
+        with self._blaming("the ranks were connecting") as meanwhile:
+            self._wait_for(connecting.done, meanwhile)
+            connecting.result()
+
+    @contextmanager
+    def _blaming(self, meanwhile: str) -> Iterator[str]:
+        """An error of a collective in the body is a rank's that is gone, if one is."""
+        try:
+            yield meanwhile
         except RankError:
             raise
         except RuntimeError as error:  # a connection that broke: because a rank is gone?
-            self._raise_if_gone("the ranks were exchanging data", wait_s=_BLAME_S)
+            self._raise_if_gone(meanwhile, wait_s=_BLAME_S)
             text = f"the ranks lost each other: {error}"
             raise RankError(text, rank=self.rank, input_error=False) from error
 
