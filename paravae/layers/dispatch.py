@@ -97,10 +97,17 @@ class FusedOp(Generic[P, R]):
         """Why the reference is taken, or None."""
         decisive = args[0]
         assert isinstance(decisive, Tensor)
+        if reason := self.unfit_on(decisive.device):
+            return reason
+        if self._is_triton and decisive.dtype not in _KERNEL_DTYPES:
+            return f"the kernel does not take {decisive.dtype}"
+        return self._unfit(*args, **kwargs)
+
+    def unfit_on(self, device: torch.device) -> str | None:
+        """Why the kernel would run for no tensor on ``device``, or None."""
         if _references_only.get():
             return "references were asked for"
-        reason = _unfit_for_triton(decisive) if self._is_triton else None
-        return reason or self._broken or self._unfit(*args, **kwargs)
+        return (_unfit_for_triton(device) if self._is_triton else None) or self._broken
 
     def _say(self, reason: str) -> None:
         if (self.name, reason) not in _said:
@@ -118,13 +125,11 @@ def split_channels(channels: int) -> tuple[int, int]:
     return first, 1 << (rest - 1).bit_length() if rest else 0
 
 
-def _unfit_for_triton(x: Tensor) -> str | None:
+def _unfit_for_triton(device: torch.device) -> str | None:
     if triton is None:
         return "Triton is not installed"
-    if not (x.is_cuda or _interpreting()):
-        return f"Triton does not run on {x.device.type}"
-    if x.dtype not in _KERNEL_DTYPES:
-        return f"the kernel does not take {x.dtype}"
+    if not (device.type == "cuda" or _interpreting()):
+        return f"Triton does not run on {device.type}"
     return None
 
 
