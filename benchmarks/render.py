@@ -168,9 +168,16 @@ def parts() -> str | None:
 
 
 def scaling_reports() -> scaling_tables.Reports:
-    """{ranks: report} of the worlds that were run."""
-    reports = {ranks: load_if_there(f"scaling_{ranks}") for ranks in scaling_tables.WORLDS}
-    return {ranks: report for ranks, report in reports.items() if report is not None}
+    """{ranks: report} of the worlds that were run, with the videos if they are a run of their own."""
+    reports = {}
+    for ranks in scaling_tables.WORLDS:
+        parts = [load_if_there(f"scaling_{ranks}{part}") for part in ("", "_video")]
+        if found := [part for part in parts if part is not None]:
+            run_too = {f"{row['what']} {row['size']}, {row['frames']} frames" for part in found for row in part["rows"]}
+            rows = [row for part in found for row in part["rows"]]
+            skipped = [case for part in found for case in part["skipped"] if case not in run_too]
+            reports[ranks] = {**found[0], "rows": rows, "skipped": skipped}
+    return reports
 
 
 BLOCKS: dict[str, Callable[[], str | None]] = {
