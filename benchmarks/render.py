@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import scaling_tables, simulation_tables
+from benchmarks import modulation_tables, scaling_tables, simulation_tables
 from benchmarks.markdown import by_case, figure, machine_line, table
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +25,7 @@ RESULTS = ROOT / "benchmarks/results"
 PLOT = ROOT / "docs/single_gpu.png"
 SCALING_PLOT = ROOT / "docs/scaling.png"
 SIMULATION_PLOT = ROOT / "docs/simulation.png"
+MODULATION_PLOT = ROOT / "docs/modulation.png"
 FILES = ("README.md", "docs/measurements.md")
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -190,6 +191,8 @@ BLOCKS: dict[str, Callable[[], str | None]] = {
     "scaling-all": lambda: scaling_tables.everyone(scaling_reports()),
     "scaling-plans": lambda: scaling_tables.plans(scaling_reports()),
     "simulation": lambda: simulation_tables.times(load_if_there("simulation")),
+    "modulation": lambda: modulation_tables.beside_peers(load_if_there("modulation")),
+    "modulation-all": lambda: modulation_tables.everyone(load_if_there("modulation")),
     "tiny": tiny,
     "tiny-pictures": tiny_pictures,
     "gpu-tests": gpu_tests,
@@ -207,8 +210,8 @@ def render(text: str) -> str:
 
 def plot() -> None:
     """Draw the figures of docs/ whose results are there."""
+    from benchmarks import modulation_plot, scaling_plot, simulation_plot
     from benchmarks import plot as single_gpu_plot  # matplotlib: tables need not wait for it
-    from benchmarks import scaling_plot, simulation_plot
 
     report, reports = load_if_there("single_gpu"), scaling_reports()
     if report is not None:
@@ -218,6 +221,9 @@ def plot() -> None:
         scaling_plot.draw(reports, SCALING_PLOT, _plot_title(reports[max(reports)]))
     if (simulated := load_if_there("simulation")) is not None:
         simulation_plot.draw(simulated, SIMULATION_PLOT)
+    if (modulation := load_if_there("modulation")) is not None:
+        title = f"The modulation of a transformer's block, {modulation['args']['dtype']}: {machine_line(modulation)}"
+        modulation_plot.draw(modulation, MODULATION_PLOT, title)
 
 
 def _plot_title(report: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ for ranks in 1 2 4; do
 done
 [ "$gpus" -lt 2 ] || step calibrate on "$gpus" -m paravae bench calibrate --output "$out/calibration.json"
 step parts "$python" -m benchmarks.parts --output "$out/parts.json"
+step modulation "$python" -m benchmarks.modulation ${SGLANG:+--sglang "$SGLANG"} --minutes 5 --output "$out/modulation.json"
 step single_gpu "$python" -m benchmarks.single_gpu --peers diffusers ${SGLANG:+--sglang "$SGLANG"} --minutes 9 --output "$out/single_gpu.json"
 "$python" -m benchmarks.gpu_summary "$out" "$gpus"
 exit $failed

@@ -1,4 +1,5 @@
-"""Import SGLang's VAE modules from a folder, without its server: see `sglang_peer.py`, which builds a peer of them.
+"""Import SGLang's modules from a folder, without its server: its VAE here, for `sglang_peer.py`, which builds a peer of
+it; its modulation kernels from `modulation_peers.py`.
 
 What is replaced here is only what never computes a pixel: the `__init__` files that would import the server, packages
 of the server that are not installed, and the fast paths of other VAEs.
@@ -13,7 +14,7 @@ import importlib.machinery
 import importlib.metadata
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -94,26 +95,28 @@ class _StandIn(types.ModuleType):
 
 
 class _SGLangFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives SGLang's packages without their `__init__`, and the modules of `REPLACED`."""
+    """Gives SGLang's packages without their `__init__`, and the modules of `replaced`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, without_init: Mapping[str, str | None], replaced: Mapping[str, dict[str, object]]
+    ) -> None:
+        self.folder, self.without_init, self.replaced = folder, without_init, replaced
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname in WITHOUT_INIT:
+        if fullname in self.without_init:
             spec = importlib.machinery.ModuleSpec(fullname, self, is_package=True)
             spec.submodule_search_locations = [str(self.folder.joinpath(*fullname.split(".")))]
             return spec
-        return importlib.machinery.ModuleSpec(fullname, self) if fullname in REPLACED else None
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in self.replaced else None
 
     def exec_module(self, module: types.ModuleType) -> None:
         name = module.__name__
-        if name in REPLACED:
-            vars(module).update(REPLACED[name])
+        if name in self.replaced:
+            vars(module).update(self.replaced[name])
             return
-        source = WITHOUT_INIT[name]
+        source = self.without_init[name]
 
         def lookup(attribute: str) -> object:
             if source is None or attribute.startswith("__"):
@@ -171,6 +174,24 @@ class Parts:
     stood_in: tuple[str, ...]
 
 
+def open_folder(
+    folder: Path, without_init: Mapping[str, str | None], replaced: Mapping[str, dict[str, object]]
+) -> None:
+    """From here on `import sglang...` finds what is in `folder`, the first that this is called for.
+
+    Raises:
+        PeerUnavailable: it is not there, or SGLang was imported before, from elsewhere or with other replacements.
+    """
+    if not (folder / "sglang").is_dir():
+        raise PeerUnavailable(f"no sglang/ in {folder}: run benchmarks/fetch_sglang.sh {folder}")
+    open_ones = [finder for finder in sys.meta_path if isinstance(finder, _SGLangFinder)]
+    if not open_ones and "sglang" not in sys.modules:
+        sys.meta_path.insert(0, _SGLangFinder(folder, without_init, replaced))
+        sys.path.append(str(folder))
+    elif not open_ones or open_ones[0].without_init is not without_init:
+        raise PeerUnavailable("another sglang is imported already")
+
+
 _imported: dict[tuple[Path, Kind], Parts] = {}
 _stood_in: list[str] = []
 
@@ -183,13 +204,7 @@ def import_vae(folder: Path, kind: Kind) -> Parts:
     """
     if (folder, kind) in _imported:
         return _imported[folder, kind]
-    if not (folder / "sglang").is_dir():
-        raise PeerUnavailable(f"no sglang/ in {folder}: run benchmarks/fetch_sglang.sh {folder}")
-    if not any(isinstance(finder, _SGLangFinder) for finder in sys.meta_path):
-        if "sglang" in sys.modules:
-            raise PeerUnavailable("another sglang is imported already")
-        sys.meta_path.insert(0, _SGLangFinder(folder))
-        sys.path.append(str(folder))
+    open_folder(folder, WITHOUT_INIT, REPLACED)
     try:
         import diffusers.models.autoencoders  # noqa: F401  before the stand-ins, so that it sees none of them
 

@@ -5,6 +5,7 @@ The VAE's are used by its engines; those of a diffusion transformer (``modulatio
 
 from paravae.layers.custom_op import CustomOp, describe_ops
 from paravae.layers.dispatch import fallbacks, references_only
+from paravae.layers.fuse_transformer import fuse_transformer, unfuse_transformer
 from paravae.layers.modulation import (
     FusedLayerNormScaleShift,
     FusedLayerNormScaleShiftGateSelect01,
@@ -28,5 +29,7 @@ __all__ = [
     "FusedResidualSelect01",
     "describe_ops",
     "fallbacks",
+    "fuse_transformer",
     "references_only",
+    "unfuse_transformer",
 ]

@@ -99,6 +99,12 @@ def _unfit(
         return f"the kernel takes 1 to {MOST_CHANNELS} channels, not {channels}"
     if batch * tokens >= 2**31:
         return f"the kernel takes fewer than 2^31 tokens, not {batch * tokens}"
+    sets = (residual_gates, scales, shifts, gates)
+    if any(tables[0].dtype != tables[-1].dtype for tables in sets if tables):
+        return "the kernel takes no table whose two sets differ in dtype"
+    tensors = (x, residual, weight, bias, *(table for tables in sets for table in tables))
+    if any(tensor is not None and tensor.stride(-1) * channels >= 2**31 for tensor in tensors):
+        return "the kernel takes the channels of a token within 2^31 values"
     return None
 
 
