@@ -19,6 +19,7 @@ class Pretended(Tensor):
     """A tensor on the CPU that says it is on a GPU."""
 
     is_cuda = True  # type: ignore[assignment]
+    device = torch.device("cuda", 0)  # type: ignore[assignment]
 
 
 def op(error: Exception | None = None, unfit: str | None = None, calls: list[str] | None = None) -> FusedOp:

@@ -68,8 +68,8 @@ def _reference(
     if residual is not None:
         outputs.append(total.to(x.dtype))
     if gates:
-        outputs.append(_chosen(gates, index).to(x.dtype).expand(x.shape).contiguous())
-    return outputs
+        outputs.append(_chosen(gates, index).to(x.dtype).expand(x.shape))
+    return [output.contiguous() for output in outputs]
 
 
 def _chosen(tables: Sequence[Tensor], index: Tensor | None) -> Tensor:

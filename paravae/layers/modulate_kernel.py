@@ -89,24 +89,22 @@ def modulate_kernel(
     NORM: tl.constexpr,  # 0: none, 1: layer, 2: rms
     EARLY: tl.constexpr,
 ):
-    # One program: one token; without a norm, one width of it. Its channels are N1 + N2 pieces, so that 3072 of them
-    # need no lanes for 4096, and sums over pieces stay within a thread.
+    # One program: one token. Its channels are N1 + N2 pieces, so that 3072 of them need no lanes for 4096, and sums
+    # over pieces stay within a thread.
     b = (tl.program_id(0) // tokens).to(tl.int64)
     t = (tl.program_id(0) % tokens).to(tl.int64)
     row = tl.program_id(0).to(tl.int64)
     if EARLY:  # this kernel was started before the one in front of it was through; let the next one do so too
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    width: tl.constexpr = (N1 + N2) * PIECE
-    even1: tl.constexpr = N1 * PIECE <= C if width > C else C % width == 0
-    even2: tl.constexpr = C % width == 0
-    first = tl.program_id(1) * width
-    c1 = first + tl.arange(0, N1)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
+    even1: tl.constexpr = N1 * PIECE <= C
+    even2: tl.constexpr = (N1 + N2) * PIECE == C
+    c1 = tl.arange(0, N1)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
     in1 = c1 < C
     x_ptr += b * x_b + t * x_l
     total1 = _load(x_ptr, c1 * x_c, in1, even1)
     if N2:
-        c2 = first + N1 * PIECE + tl.arange(0, N2)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
+        c2 = N1 * PIECE + tl.arange(0, N2)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
         in2 = c2 < C
         total2 = _load(x_ptr, c2 * x_c, in2, even2)
     if HAS_RESIDUAL:
@@ -194,11 +192,10 @@ class Split:
     warps: int
 
     @staticmethod
-    def of(channels: int, norm: str) -> Split:
-        """Pieces of which each thread takes eight neighbouring values, what a load of 16 bytes brings in bf16: as many
-        as it takes for all channels, or where nothing is summed over them, one."""
+    def of(channels: int) -> Split:
+        """Pieces of which each thread takes eight neighbouring values, what a load of 16 bytes brings in bf16."""
         piece = min(1 << (channels - 1).bit_length(), 1024 if channels <= 8192 else 2048)
-        pieces = 1 if norm == "none" else -(-channels // piece)
+        pieces = -(-channels // piece)
         first = 1 << (pieces.bit_length() - 1)
         rest = pieces - first
         return Split(piece, first, 1 << (rest - 1).bit_length() if rest else 0, max(1, piece // 256))
@@ -219,7 +216,7 @@ def launch(
     split: Split | None = None,
 ) -> list[Tensor]:
     """As ``modulate.reference``. ``split``: to try others than the usual one."""
-    (batch, tokens, channels), split = x.shape, split or Split.of(x.shape[-1], norm)
+    (batch, tokens, channels), split = x.shape, split or Split.of(x.shape[-1])
     y, total, gate = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
         for wanted in (norm != "none", residual is not None, bool(gates))
@@ -234,8 +231,7 @@ def launch(
             pointers.append(table)
             strides += _strides(table) if tables else (0, 0, 1)
     early = _early_launch(x.device)
-    width = split.piece * (split.first + split.second)
-    modulate_kernel[(batch * tokens, -(-channels // width))](
+    modulate_kernel[(batch * tokens,)](
         x,
         *(x if tensor is None else tensor for tensor in (residual, y, total, gate, weight, bias, index)),
         *pointers,
