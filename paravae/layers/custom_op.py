@@ -119,8 +119,8 @@ def _what_runs(op: CustomOp, device: torch.device) -> str:
 
 
 def _forced_by_environment(name: str) -> str | None:
-    """What ``PARAVAE_CUSTOM_OPS`` says about the op."""
-    forced = None
+    """What ``PARAVAE_CUSTOM_OPS`` says about the op; what names it goes before what is for all."""
+    ways: dict[str, str] = {}
     for entry in filter(None, (part.strip() for part in os.environ.get(VARIABLE, "").split(","))):
         op, _, way = entry.rpartition(":")
         if way not in WAYS or (op and op not in CustomOp._registered):
@@ -128,6 +128,5 @@ def _forced_by_environment(name: str) -> str | None:
                 f"{VARIABLE} has {entry!r}, which is not WAY or OP:WAY with WAY one of {', '.join(WAYS)} "
                 f"and OP one of {', '.join(sorted(CustomOp._registered))}"
             )
-        if op in ("", name):
-            forced = way
-    return forced
+        ways[op] = way
+    return ways.get(name, ways.get(""))

@@ -272,7 +272,4 @@ def _early_launch(device: torch.device) -> dict[str, bool]:
 def _strides(table: Tensor) -> tuple[int, ...]:
     """Of a table, by batch, token and channel, of an index, by batch and token: 0 where one entry stands for all."""
     steps = [stride if size > 1 else 0 for size, stride in zip(table.shape, table.stride(), strict=True)]
-    if table.is_floating_point():
-        steps[-1] = table.stride(-1)
-        return (steps[0], 0, steps[1]) if table.dim() == 2 else tuple(steps)
-    return tuple(steps)
+    return (steps[0], 0, steps[1]) if table.dim() == 2 and table.is_floating_point() else tuple(steps)

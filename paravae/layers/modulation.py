@@ -32,6 +32,7 @@ from paravae.layers.custom_op import CustomOp
 from paravae.layers.modulate import modulate
 
 EPS = 1e-6  # of Qwen-Image's norms
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _Modulation(CustomOp):
@@ -72,12 +73,18 @@ class _Modulation(CustomOp):
         eps: float = EPS,
     ) -> list[Tensor]:
         """The checked call."""
-        if x.dim() != 3 or not x.is_floating_point():
-            raise ValueError(f"x is {_what(x)}, not a float tensor of [B, L, C]")
-        if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-            raise ValueError(f"residual is {_what(residual)}, not like x, {_what(x)}")
         tables = [*_named("residual_gate", residual_gates), *_named("scale", scales)]
         tables += [*_named("shift", shifts), *_named("gate", gates)]
+        needed: list[tuple[str, Tensor | None]] = [("x", x), *tables]
+        needed += [("residual", residual)] if residual_gates else []
+        needed += [("index", index)] if max(map(len, (residual_gates, scales, gates))) == 2 else []
+        for name, tensor in needed:
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name} is {tensor!r}, not a tensor")
+        if x.dim() != 3 or x.dtype not in DTYPES:
+            raise ValueError(f"x is {_what(x)}, not [B, L, C] in {', '.join(map(str, DTYPES))}")
+        if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+            raise ValueError(f"residual is {_what(residual)}, not like x, {_what(x)}")
         for name, table in tables:
             _check_table(name, table, x)
         for name, vector in (("weight", weight), ("bias", bias)):
