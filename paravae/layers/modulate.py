@@ -19,40 +19,20 @@ B: batch, L: tokens, C: channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from paravae.layers.dispatch import FusedOp
-from paravae.layers.modulate_kernel import launch
+from paravae.layers.modulate_kernel import Modulation, launch
 
 MOST_CHANNELS = 16_384
 
 
-def _reference(
-    x: Tensor,
-    residual: Tensor | None,
-    residual_gates: Sequence[Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scales: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    gates: Sequence[Tensor],
-    index: Tensor | None,
-    eps: float,
-    norm: str,
-) -> list[Tensor]:
-    """``[y, total, gate]``, like ``x`` each: y unless ``norm`` is "none", total with a residual, gate with gates.
-
-    Args:
-        x: [B, L, C], any strides.
-        residual: like ``x``.
-        residual_gates, scales, shifts, gates: none, one table, or two of which ``index`` chooses: [B, C], [1, C],
-            or [B, L, C], where a 1 stands for any B or L.
-        weight, bias: [C], of the norm.
-        index: [B, L] or [1, L]; 0: the first table of two; anything else: the second.
-        norm: "layer" or "rms", over the channels; "none".
-    """
+def _reference(*arguments: Any) -> list[Tensor]:
+    """What is asked for of y, total and gate, dense and like x each; see ``Modulation``."""
+    x, residual, residual_gates, weight, bias, scales, shifts, gates, index, eps, norm = Modulation(*arguments)
     wide = torch.promote_types(x.dtype, torch.float32)
     total = x.to(wide)
     outputs = []
@@ -81,28 +61,17 @@ def _chosen(tables: Sequence[Tensor], index: Tensor | None) -> Tensor:
     return torch.where(index[..., None] == 0, first, others[0])
 
 
-def _unfit(
-    x: Tensor,
-    residual: Tensor | None,
-    residual_gates: Sequence[Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scales: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    gates: Sequence[Tensor],
-    index: Tensor | None,
-    eps: float,
-    norm: str,
-) -> str | None:
-    batch, tokens, channels = x.shape
+def _unfit(*arguments: Any) -> str | None:
+    given = Modulation(*arguments)
+    batch, tokens, channels = given.x.shape
     if not 0 < channels <= MOST_CHANNELS:
         return f"the kernel takes 1 to {MOST_CHANNELS} channels, not {channels}"
     if batch * tokens >= 2**31:
         return f"the kernel takes fewer than 2^31 tokens, not {batch * tokens}"
-    sets = (residual_gates, scales, shifts, gates)
+    sets = (given.residual_gates, given.scales, given.shifts, given.gates)
     if any(tables[0].dtype != tables[-1].dtype for tables in sets if tables):
         return "the kernel takes no table whose two sets differ in dtype"
-    tensors = (x, residual, weight, bias, *(table for tables in sets for table in tables))
+    tensors = (given.x, given.residual, given.weight, given.bias, *(table for tables in sets for table in tables))
     if any(tensor is not None and tensor.stride(-1) * channels >= 2**31 for tensor in tensors):
         return "the kernel takes the channels of a token within 2^31 values"
     return None
@@ -120,18 +89,6 @@ _library.impl("modulate", modulate.__call__, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("paravae::modulate", lib=_library)
-def _fake(
-    x: Tensor,
-    residual: Tensor | None,
-    residual_gates: Sequence[Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scales: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    gates: Sequence[Tensor],
-    index: Tensor | None,
-    eps: float,
-    norm: str,
-) -> list[Tensor]:
-    outputs = (norm != "none") + (residual is not None) + bool(gates)
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(outputs)]
+def _fake(*arguments: Any) -> list[Tensor]:
+    given = Modulation(*arguments)
+    return [given.x.new_empty(given.x.shape) for wanted in given.outputs if wanted]

@@ -5,11 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from paravae.layers.dispatch import jit, tl
+
+
+class Modulation(NamedTuple):
+    """What to compute: the arguments of the op, of its reference and of its kernel.
+
+    x: [B, L, C], any strides. residual: like ``x``; with it the total is residual + residual_gate * x, else x.
+    residual_gates, scales, shifts, gates: none, one table, or two of which ``select`` chooses: [B, C], [1, C], or
+    [B, L, C], where a 1 stands for any B or L. weight, bias: [C], of the norm. select: [B, L] or [1, L]; 0: the first
+    table of two; anything else: the second. norm: "layer" or "rms", over the channels of the total; "none": no y.
+    """
+
+    x: Tensor
+    residual: Tensor | None = None
+    residual_gates: Sequence[Tensor] = ()
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scales: Sequence[Tensor] = ()
+    shifts: Sequence[Tensor] = ()
+    gates: Sequence[Tensor] = ()
+    select: Tensor | None = None
+    eps: float = 0.0
+    norm: str = "none"
+
+    @property
+    def outputs(self) -> tuple[bool, bool, bool]:
+        """Which are asked for: y, total, gate."""
+        return self.norm != "none", self.residual is not None, bool(self.gates)
 
 
 @jit
@@ -201,26 +229,12 @@ class Split:
         return Split(piece, first, 1 << (rest - 1).bit_length() if rest else 0, max(1, piece // 256))
 
 
-def launch(
-    x: Tensor,
-    residual: Tensor | None,
-    residual_gates: Sequence[Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scales: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    gates: Sequence[Tensor],
-    index: Tensor | None,
-    eps: float,
-    norm: str,
-    split: Split | None = None,
-) -> list[Tensor]:
+def launch(*arguments: Any, split: Split | None = None) -> list[Tensor]:
     """As ``modulate.reference``. ``split``: to try others than the usual one."""
+    given = Modulation(*arguments)
+    x, residual, residual_gates, weight, bias, scales, shifts, gates, index, eps, norm = given
     (batch, tokens, channels), split = x.shape, split or Split.of(x.shape[-1])
-    y, total, gate = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
-        for wanted in (norm != "none", residual is not None, bool(gates))
-    )
+    y, total, gate = (x.new_empty(x.shape) if wanted else None for wanted in given.outputs)
     outputs = [output for output in (y, total, gate) if output is not None]
     if x.numel() == 0:
         return outputs
