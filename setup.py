@@ -9,6 +9,13 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "paravae/__init__.py").read_text(encoding="utf-8")).group(1)
 
 video = ["imageio-ffmpeg>=0.4.9"]
+tensorrt = [
+    "onnx>=1.19",
+    "onnxruntime>=1.22",
+    "onnxscript>=0.5",
+    "tensorrt-rtx-cu13-bindings>=1.7; platform_system == 'Linux' and platform_machine == 'x86_64'",
+    "tensorrt-rtx-cu13-libs>=1.7; platform_system == 'Linux' and platform_machine == 'x86_64'",
+]
 test = [
     "diffusers==0.42.0",
     "distvae==0.1.0",
@@ -18,6 +25,7 @@ test = [
     "pytest-timeout>=2.3",
     "ruff>=0.6",
     "triton>=3.4; platform_system == 'Linux'",
+    *tensorrt,
     *video,
 ]
 train = ["scikit-image>=0.22", "scikit-learn>=1.4"]
@@ -32,17 +40,28 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["paravae", "paravae.*"]),
-    package_data={"paravae": ["py.typed", "assets/paravae-tiny/*", "layers/*.cu", "layers/*.cuh", "vae/machines.json"]},
+    package_data={
+        "paravae": [
+            "py.typed",
+            "assets/paravae-tiny/*",
+            "configs/presets/*.json",
+            "launch/scripts/*.sh",
+            "layers/*.cu",
+            "layers/*.cuh",
+            "vae/machines.json",
+        ]
+    },
     install_requires=[
         "torch>=2.6",
         "safetensors>=0.4.3",
         "huggingface_hub>=0.25",
         "numpy>=1.26",
         "pillow>=10.1",
+        "pyyaml>=6.0",
         "rich>=13.7",
         "matplotlib>=3.8",
         "typing_extensions>=4.8",
     ],
-    extras_require={"video": video, "bench": bench, "test": test, "train": train},
+    extras_require={"video": video, "bench": bench, "test": test, "tensorrt": tensorrt, "train": train},
     entry_points={"console_scripts": ["paravae = paravae.launch.cli:main"]},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,3 +20,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark, needed in (("cuda", 1), ("nccl", 2)):
             if item.get_closest_marker(mark) and gpus < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} or more CUDA GPUs, this machine has {gpus}"))
+
+
+@pytest.fixture(scope="session")
+def onnx_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small VAE's parts as ONNX files: made once, exporting takes seconds."""
+    pytest.importorskip("onnxscript", reason="needs paravae[tensorrt]")
+    pytest.importorskip("onnxruntime", reason="needs paravae[tensorrt]")
+    from tests.trt_engines import export_parts
+
+    folder = tmp_path_factory.mktemp("onnx")
+    export_parts(folder)
+    return folder

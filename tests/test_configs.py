@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from paravae import QwenImageVAEArchConfig, QwenImageVAEConfig, VAEArchConfig, VAEConfig, WanVAEConfig
-from paravae.configs import WanVAEArchConfig
+from paravae.configs import TrtVAEConfig, WanVAEArchConfig
 
 CONFIGS = (VAEConfig, QwenImageVAEConfig, WanVAEConfig)
 ARCHES = (VAEArchConfig, QwenImageVAEArchConfig, WanVAEArchConfig)
@@ -26,6 +26,14 @@ ARCHES = (VAEArchConfig, QwenImageVAEArchConfig, WanVAEArchConfig)
         ({"tile_sample_min_width": -256}, ("-256", "positive multiple of 8")),
         ({"memory_limit_gib": 0.0}, ("memory_limit_gib is 0.0", "positive")),
         ({"memory_limit_gib": float("nan")}, ("memory_limit_gib is nan", "positive")),
+        ({"memory_limit_gib": float("inf")}, ("memory_limit_gib is inf", "positive")),
+        ({"vae_type": "trt"}, ("vae_type (--vae-config.vae-type) is 'trt'", "one of pytorch, tensorrt")),
+        ({"vae_type": "tensorrt"}, ("--vae-config.vae-type", "--vae-config.trt-vae-config.trt-engine-path DIR")),
+        ({"trt_vae_config": {"strict": True}}, ("trt_vae_config is {'strict': True}, needs a TrtVAEConfig",)),
+        ({"trt_vae_config": TrtVAEConfig(warm_up=("64x64", "64x36"))}, ("warm-up) has 64x36", "multiples of 8")),
+        ({"trt_vae_config": TrtVAEConfig(warm_up=("0x64",))}, ("has 0x64", "positive multiples of 8")),
+        ({"use_tiling": "no"}, ("use_tiling (--vae-config.use-tiling) is 'no', needs true or false",)),
+        ({"cuda_graphs": True}, ("cuda_graphs (--vae-config.cuda-graphs) is True, needs a whole number",)),
         ({"load_encoder": False, "load_decoder": False}, ("load_encoder", "load_decoder", "both off")),
     ],
 )
@@ -36,6 +44,39 @@ def test_refuses(config_class: type[VAEConfig], options: dict[str, Any], fragmen
         with pytest.raises(ValueError) as caught:  # noqa: PT011 the message is checked below
             make()
         assert all(fragment in str(caught.value) for fragment in fragments), caught.value
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        ({"trt_engine_path": " "}, ("(--vae-config.trt-vae-config.trt-engine-path) is empty", "a folder")),
+        ({"trt_engine_path": 7}, ("(--vae-config.trt-vae-config.trt-engine-path) is 7, needs text",)),
+        ({"max_resident_bytes": 0}, ("(--vae-config.trt-vae-config.max-resident-bytes) is 0", "positive")),
+        ({"max_resident_bytes": 2.5e9}, ("is 2500000000.0, needs a whole number",)),
+        ({"flavour": "rtx"}, ("(--vae-config.trt-vae-config.flavour) is 'rtx'", "auto, tensorrt, tensorrt_rtx")),
+        ({"warm_up": "64x64"}, ("(--vae-config.trt-vae-config.warm-up) is '64x64', needs a list",)),
+        ({"warm_up": ["64x64", "64 x 64"]}, ("warm-up): got '64 x 64'", "WIDTHxHEIGHT")),
+        ({"multi_profile": None}, ("(--vae-config.trt-vae-config.multi-profile) is None, needs true or false",)),
+    ],
+)
+def test_trt_refuses(options: dict[str, Any], fragments: tuple[str, ...]) -> None:
+    for make in (lambda: TrtVAEConfig(**options), lambda: replace(TrtVAEConfig(), **options)):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 the message is checked below
+            make()
+        assert all(fragment in str(caught.value) for fragment in fragments), caught.value
+
+
+def test_trt_config() -> None:
+    """Defaults, and what is derived; changed from within, the outer checks run again."""
+    trt = TrtVAEConfig(trt_engine_path="engines", warm_up=["1664x928", "64x0064", "64x64"])  # type: ignore[arg-type]
+    assert (trt.warm_up, trt.warm_up_sizes) == (("1664x928", "64x64"), ((1664, 928), (64, 64)))
+    config = VAEConfig(vae_type="tensorrt", trt_vae_config=trt)
+    assert hash(config) == hash(replace(config, trt_vae_config=replace(trt)))
+    with pytest.raises(ValueError, match="trt-engine-path DIR"):
+        replace(config, trt_vae_config=replace(trt, trt_engine_path=None))
+    plain = VAEConfig()
+    assert (plain.vae_type, plain.trt_vae_config) == ("pytorch", TrtVAEConfig())
+    assert (plain.trt_vae_config.strict, plain.trt_vae_config.verify_hashes) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +100,7 @@ def test_arch_refuses(arch_class: type[VAEArchConfig], options: dict[str, Any], 
         assert all(fragment in str(caught.value) for fragment in fragments), caught.value
 
 
-@pytest.mark.parametrize("config_class", [*CONFIGS, *ARCHES])
+@pytest.mark.parametrize("config_class", [*CONFIGS, *ARCHES, TrtVAEConfig])
 def test_frozen_and_named(config_class: type) -> None:
     config = config_class()
     for field in fields(config):
@@ -69,10 +110,10 @@ def test_frozen_and_named(config_class: type) -> None:
         config_class(fields(config)[0].default)  # fields go by name
 
 
-@pytest.mark.parametrize("config_class", [*CONFIGS, *ARCHES])
+@pytest.mark.parametrize("config_class", [*CONFIGS, *ARCHES, TrtVAEConfig])
 def test_every_field_has_its_line_of_help(config_class: type) -> None:
     for field in fields(config_class):
-        if field.name != "arch_config":
+        if field.name not in ("arch_config", "trt_vae_config"):
             assert len(field.metadata["help"]) > 10, field.name
             assert "\n" not in field.metadata["help"], field.name
 

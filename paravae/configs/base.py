@@ -1,21 +1,20 @@
 """What a VAE is (its architecture) and how it is to be run: plain data, checked when made.
 
-Every field carries one line of help with its unit; ``configs/cli.py`` makes one flag of each.
+Every field carries one line of help with its unit; ``configs/cli.py`` makes one flag of each, and
+``configs/files.py`` reads them from files.
 Change a config with ``dataclasses.replace``, which runs the checks again.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+
+from paravae.configs.fields import check_fields, flag_name, option
+from paravae.configs.trt import VAE_TYPES, TrtVAEConfig
 
 ENGINES = ("auto", "fast", "torch")
 PARALLEL_DECODE_MODES = ("auto", "patch", "spatial_shard", "tiled")
-
-
-def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with the line of help that its flag shows, and its choices if it has but a few."""
-    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,26 +88,28 @@ class VAEConfig:
     tile_sample_stride_width: int = option(192, "largest step between tiles, in pixels across")
     engine: str = option(
         "auto",
-        "what runs the network. fast: folded weights and fused kernels; torch: plain PyTorch, layer by layer; "
+        "what runs the network in PyTorch. fast: folded weights and fused kernels; torch: plainly, layer by layer; "
         "auto: fast on a GPU in bfloat16 and float16, torch elsewhere",
         choices=ENGINES,
     )
-    cuda_graphs: int = option(8, "CUDA graphs that the fast engine keeps, one for each shape of image; 0: none")
+    vae_type: str = option(
+        "pytorch",
+        "tensorrt: the engines that trt_vae_config names run what they can, and PyTorch the rest",
+        choices=VAE_TYPES,
+    )
+    trt_vae_config: TrtVAEConfig = field(default_factory=TrtVAEConfig)
+    cuda_graphs: int = option(8, "CUDA graphs that an engine keeps, one for each shape of image; 0: none")
     memory_limit_gib: float | None = option(
         None, "refuse a decode or encode estimated to need more than this, in GiB a rank; default: all that is free"
     )
     cost_table: str | None = option(
-        None, "JSON file of paravae bench calibrate, by which auto chooses; default: the constants shipped for this GPU"
+        None,
+        "JSON file of paravae bench calibrate, by which auto chooses; default: the constants shipped for this GPU",
+        stands_for="FILE",
     )
 
     def __post_init__(self) -> None:
-        if self.parallel_decode_mode not in PARALLEL_DECODE_MODES:
-            raise ValueError(
-                f"parallel_decode_mode (--vae-config.parallel-decode-mode) is {self.parallel_decode_mode!r}, "
-                f"needs one of {', '.join(PARALLEL_DECODE_MODES)}"
-            )
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine (--vae-config.engine) is {self.engine!r}, needs one of {', '.join(ENGINES)}")
+        check_fields(self)
         if self.cuda_graphs < 0:
             raise ValueError(f"cuda_graphs (--vae-config.cuda-graphs) is {self.cuda_graphs}, needs 0 or more")
         ratio = self.arch_config.spatial_ratio
@@ -125,8 +126,14 @@ class VAEConfig:
                     f"tile_sample_stride_{side} is {stride_px} pixels, more than tile_sample_min_{side} ({tile_px}): "
                     f"tiles would leave gaps; lower --vae-config.tile-sample-stride-{side} to at most {tile_px}"
                 )
-        if self.memory_limit_gib is not None and not self.memory_limit_gib > 0:
+        if self.memory_limit_gib is not None and not 0 < self.memory_limit_gib < math.inf:
             raise ValueError(f"memory_limit_gib is {self.memory_limit_gib}, needs a positive number of GiB")
+        if self.vae_type == "tensorrt" and self.trt_vae_config.trt_engine_path is None:
+            raise ValueError(
+                f"vae_type ({flag_name('vae_type')}) is tensorrt, which needs the folder of its engines: "
+                f"{flag_name('trt_vae_config.trt_engine_path')} DIR; paravae engine build makes one"
+            )
+        self.trt_vae_config.check_sizes(ratio)
         if not (self.load_encoder or self.load_decoder):
             raise ValueError("load_encoder and load_decoder are both off: nothing would be left of the VAE")
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from paravae import QwenImageVAEConfig
-from paravae.configs.cli import add_vae_flags, vae_config_from, whole_number
+from paravae.configs.cli import add_vae_flags, flag_values, vae_config_from, whole_number
 from paravae.files import check_writable
 from paravae.launch import bench_report
 from paravae.launch.bench_cases import SIZES, WHATS, make_cases, pixel_size
@@ -111,16 +111,16 @@ def run(args: argparse.Namespace, place: Place) -> None:
     Raises:
         RuntimeError: a result of paravae was not correct; all is written by then.
     """
-    config = vae_config_from(args, QwenImageVAEConfig)
     with world(place, args.device) as here:
-        warn_if_alone(here, config.use_parallel_decode)
         with agreed(here.group, "check the flags"):
+            config = vae_config_from(args, QwenImageVAEConfig)
             check_flags(args, config, here)
+        warn_if_alone(here, config.use_parallel_decode)
         with agreed(here.group, "load the model"):
             model = load(args.model, args.subfolder, config)
             cases = make_cases(args.what, args.sizes, args.frames, model.config.arch_config)
         contest = prepare(args, model, here)
-        head = bench_report.head_of(contest, shown(args))
+        head = bench_report.head_of(contest, shown(args) | flag_values(config))
         rows: list[Row] = []
         for case in cases:
             rows += contest.run(case)

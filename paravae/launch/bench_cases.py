@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paravae import VAEArchConfig
+from paravae.configs.values import width_and_height
 
 WHATS = ("decode", "encode")
 SIZES = (
@@ -59,10 +59,10 @@ class Case:
 
 def pixel_size(text: str) -> tuple[int, int]:
     """argparse's type of a size: "1024x768" -> (width, height)."""
-    if not re.fullmatch(r"[0-9]+x[0-9]+", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, needs WIDTHxHEIGHT in pixels, such as 1664x928")
-    width, height = text.split("x")
-    return int(width), int(height)
+    try:
+        return width_and_height(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def make_cases(

@@ -34,7 +34,9 @@ class Model:
 
 def plain(config: VAEConfig) -> VAEConfig:
     """``config`` run by plain PyTorch, on one rank, with whatever memory it takes."""
-    return replace(config, use_parallel_decode=False, use_tiling=False, memory_limit_gib=None, engine="torch")
+    return replace(
+        config, use_parallel_decode=False, use_tiling=False, memory_limit_gib=None, engine="torch", vae_type="pytorch"
+    )
 
 
 def load(directory_or_repo: str | None, subfolder: str | None, config: VAEConfig) -> Model:

@@ -1,4 +1,4 @@
-"""The command line: ``paravae demo | decode | encode | bench | plan``, alone or on each rank of ``torchrun``."""
+"""The command line: ``paravae demo | decode | encode | bench | plan | engine``, alone or on each rank of torchrun."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import paravae
-from paravae.launch import bench, calibrate, decode, demo, encode, plan
+from paravae.launch import (
+    bench,
+    calibrate,
+    decode,
+    demo,
+    encode,
+    engine,
+    engine_build,
+    engine_list,
+    engine_verify,
+    plan,
+)
 from paravae.launch.errors import leave_at_once, report
 from paravae.launch.world import Place, place_from_environment
 
@@ -22,10 +33,16 @@ COMMANDS = {
     "encode": (encode, "a picture, a folder of frames or a video -> latents in a file"),
     "bench": (bench, "how long decode and encode take here, checked first, and beside diffusers if asked"),
     "plan": (plan, "which ranks would decode what, and how long it would take; needs no GPU"),
+    "engine": (engine, "build, list and verify TensorRT engines"),
 }
-
-
-CALIBRATE = "measure the constants by which auto chooses, on this machine"
+SUBCOMMANDS = {
+    "bench": {"calibrate": (calibrate, "measure the constants by which auto chooses, on this machine")},
+    "engine": {
+        "build": (engine_build, "for pictures of given sizes, of any size, or for ranks that share one; needs no GPU"),
+        "list": (engine_list, "which engines a folder holds, and which of them are broken; needs no GPU"),
+        "verify": (engine_verify, "run every engine of a folder on this GPU, beside PyTorch"),
+    },
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,8 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         command = _add_command(commands, name, module, summary)
-        if module is bench:  # alone it is a command, too
-            _add_command(command.add_subparsers(metavar="calibrate"), "calibrate", calibrate, CALIBRATE)
+        if name in SUBCOMMANDS:  # a command alone, too
+            further = command.add_subparsers(metavar=" | ".join(SUBCOMMANDS[name]))
+            for word, (submodule, about) in SUBCOMMANDS[name].items():
+                _add_command(further, word, submodule, about)
     return parser
 
 

@@ -55,10 +55,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, place: Place) -> None:
     """Decode on every rank; rank 0 writes."""
-    config = vae_config_from(args, QwenImageVAEConfig)
-    if not config.load_decoder:
-        raise ValueError("--vae-config.load-decoder is false, but paravae decode needs the decoder")
     with world(place, args.device) as here:
+        with agreed(here.group, "read the flags"):
+            config = vae_config_from(args, QwenImageVAEConfig)
+            if not config.load_decoder:
+                raise ValueError("--vae-config.load-decoder is false, but paravae decode needs the decoder")
         warn_if_alone(here, config.use_parallel_decode)
         with agreed(here.group, "open the latents and the output"):
             file = open_latents(

@@ -46,12 +46,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, place: Place) -> None:
     """Encode on every rank; rank 0 writes."""
-    config = vae_config_from(args, QwenImageVAEConfig)
-    if not config.load_encoder:
-        raise ValueError("--vae-config.load-encoder is false, but paravae encode needs the encoder")
     if args.seed is not None and not args.sample:
         raise ValueError("--seed means nothing without --sample: the mean is no matter of chance")
     with world(place, args.device) as here:
+        with agreed(here.group, "read the flags"):
+            config = vae_config_from(args, QwenImageVAEConfig)
+            if not config.load_encoder:
+                raise ValueError("--vae-config.load-encoder is false, but paravae encode needs the encoder")
         warn_if_alone(here, config.use_parallel_decode)
         with agreed(here.group, "open the picture and the output"):
             if here.rank == 0:

@@ -18,6 +18,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model, where and how it runs."""
+    add_checkpoint_flags(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: float32)")
+    add_device_flag(parser)
+    add_vae_flags(parser, QwenImageVAEConfig)
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model."""
     parser.add_argument(
         "--model",
         metavar="DIR_OR_REPO",
@@ -26,9 +34,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "that is shipped with paravae)",
     )
     parser.add_argument("--subfolder", help="folder of the checkpoint within --model, such as vae")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: float32)")
-    add_device_flag(parser)
-    add_vae_flags(parser, QwenImageVAEConfig)
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:

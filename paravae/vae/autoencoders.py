@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from typing_extensions import Self
 from paravae.configs import QwenImageVAEConfig, VAEConfig, WanVAEConfig
 from paravae.vae.engines.fast_engine import FastEngine
 from paravae.vae.engines.torch_engine import Networks, TorchEngine
+from paravae.vae.engines.trt.make import tensorrt_engine
+from paravae.vae.engines.trt.trt_engine import TensorRTEngine
 from paravae.vae.models import checkpoint
 from paravae.vae.models.blocks import CausalConv3d
 from paravae.vae.models.decoder import Decoder
@@ -38,10 +41,12 @@ class AutoencoderKLQwenImage(ParallelTiledVAE):
         networks = Networks(
             self.encoder, self.quant_conv, self.post_quant_conv, self.decoder, temporal_ratio=arch.temporal_ratio
         )
-        if config.engine == "torch":
-            self.use_engine(TorchEngine(networks))
-        else:
-            self.use_engine(FastEngine(networks, everywhere=config.engine == "fast", graphs=config.cuda_graphs))
+        engine: TorchEngine | TensorRTEngine = TorchEngine(networks)
+        if config.engine != "torch":
+            engine = FastEngine(networks, everywhere=config.engine == "fast", graphs=config.cuda_graphs)
+        if config.vae_type == "tensorrt":
+            engine = tensorrt_engine(self, config, engine)
+        self.use_engine(engine)
         self.requires_grad_(False)
 
     @classmethod
@@ -69,11 +74,19 @@ class AutoencoderKLQwenImage(ParallelTiledVAE):
             vae = cls(replace(vae_config, arch_config=arch))
         tensors = checkpoint.read_tensors(folder, vae.state_dict(), torch_dtype, torch.device(device))
         vae.load_state_dict(tensors, assign=True)
-        return vae.requires_grad_(False).eval()
+        vae.requires_grad_(False).eval()
+        if vae_config.vae_type == "tensorrt":
+            vae.warm_up(vae_config.trt_vae_config.warm_up_sizes)
+        return vae
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the checkpoint that ``from_pretrained`` and diffusers read."""
         checkpoint.save(Path(directory), type(self).__name__, self.config.arch_config, self.state_dict())
+
+    def engine_report(self) -> dict[str, Any]:
+        """What has run: calls by TensorRT, and how often PyTorch stood in for it, by reason; engines that are loaded,
+        and how often and how long each was being loaded. Empty for ``vae_type`` "pytorch"."""
+        return self.engine.summary() if isinstance(self.engine, TensorRTEngine) else {}
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Latents as the encoder gives them -> as diffusion models use them: (z - mean) / std, by channel."""

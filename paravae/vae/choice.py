@@ -116,10 +116,14 @@ class DecodePlanner:
         for groups in [count for count in range(1, most + 1) if count == most or self.ranks % count == 0]:
             for grid in plan.grids(self.lat_size, self.ranks // groups):
                 for shared in (False, True):
-                    if shared and (groups > 1 or self.ranks == 1 or self.lat_size[0] < self.ranks):
+                    if shared and (groups > 1 or not self._can_share_head):
                         continue
                     patches = self._patches(grid, groups, shared=shared, ranks=self.ranks)
                     yield self._planned("patch", patches, grid)
+
+    @property
+    def _can_share_head(self) -> bool:
+        return self.engine.shares_head and 1 < self.ranks <= self.lat_size[0]
 
     def tiled(self, budget_bytes: int) -> DecodePlan:
         """The overlapping tiles that the config asks for, as many at once as fit."""
@@ -288,7 +292,7 @@ class EncodePlanner:
     def _head_pays(self) -> bool:
         """Whether the ranks had better share the attention, and bring keys, values and its result together."""
         tokens, channels = self.lat_size[0] * self.lat_size[1], self.engine.feature_channels
-        if self.ranks == 1 or self.lat_size[0] < self.ranks:
+        if not self.engine.shares_head or self.ranks == 1 or self.lat_size[0] < self.ranks:
             return False
         rates, link = self.machine.rates(self.engine.kind(self.dtype, self.device)), self.machine.link
         alone_ms = self.shape[0] * plan.attention_work(channels, tokens, tokens) / 1e9 * rates.attention_ms

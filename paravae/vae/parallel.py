@@ -7,6 +7,7 @@ published models. Every rank of the parallel group calls with the same tensors a
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any, overload
 
 import torch
@@ -65,6 +66,21 @@ class ParallelTiledVAE(nn.Module):
     def set_parallel_group(self, process_group: torch.distributed.ProcessGroup) -> None:
         """Share decodes among the ranks of ``process_group``; the default is the world. All its ranks call this."""
         self._group = RankGroup.of(process_group)
+
+    def warm_up(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Decode and encode a grey picture of each size, (width, height) in pixels, so that kernels are compiled and
+        engines loaded before the first request. All ranks of the group call this.
+
+        Raises: as ``decode`` and ``encode`` do.
+        """
+        arch = self.config.arch_config
+        for width, height in sizes:
+            pixels = torch.zeros(1, arch.input_channels, 1, height, width, dtype=self.dtype, device=self.device)
+            if self.config.load_encoder:
+                self.encode(pixels)
+            if self.config.load_decoder:
+                lat_size = (height // arch.spatial_ratio, width // arch.spatial_ratio)
+                self.decode(pixels.new_zeros((1, arch.z_dim, 1, *lat_size)))
 
     @property
     def parallel_group(self) -> RankGroup:

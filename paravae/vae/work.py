@@ -96,13 +96,15 @@ class Decode:
         key: tuple[object, ...] = (self.planned.choice, group, self.as_uint8, self.gather_to)
         if isinstance(layout, TilePlan):
             key, trace, images = (*key, layout.tile), plan.whole(stages, *layout.tile), layout.batch
+            frame = layout.tile
             images *= self.latents.shape[0]
             run = self._tiled_image
         else:
             place = own_place(layout, group)
             trace, images = layout.traces[place], layout.images[place].size
+            frame = (self.latents.shape[-2], self.latents.shape[-1])
             run = self._patched_image
-        load = Load("decoder", trace, images, self.planned.kept_bytes)
+        load = Load("decoder", trace, images, self.planned.kept_bytes, frame)
         return self.sharer.engine.call(load, key, run, self.latents, self.sharer.step.agree)
 
     def _patched_image(self, latents: Tensor) -> Tensor:
@@ -169,19 +171,25 @@ class Encode:
             return self._moments(self.pixels, told)
         trace = self.patches.traces[own_place(self.patches, step.group)]
         key = (self.patches.grid, self.patches.head_rows, step.group)
-        load = Load("encoder", trace, self.pixels.shape[0])
+        load = Load("encoder", trace, self.pixels.shape[0], lat_frame=self._lat_size)
         moments = engine.call(load, key, self._moments, self.pixels, step.agree)
         if told and trace[-1].area:
             told(1, 1)
         return moments
 
     def _moments(self, pixels: Tensor, told: Progress | None = None) -> Tensor:
-        patches, ratio = self.patches, self.sharer.arch.spatial_ratio
+        patches, engine = self.patches, self.sharer.engine
+        alone = len(patches.traces) == 1 and patches.head_rows is None
+        if alone and self.lat_frames == 1:
+            return engine.encode(pixels)
         features = torch.cat(list(self.sharer.features(pixels, self.lat_frames, patches, told)), dim=2)
         if len(patches.traces) > 1:
-            height, width = pixels.shape[-2] // ratio, pixels.shape[-1] // ratio
             shards = self.sharer.gather(features)
             assert shards is not None
-            features = paste(shards, patches.outputs, patches.images, pixels.shape[0], height, width)
-        head = self.sharer.head(self.sharer.engine.encoder_front, patches.head_rows, features)
-        return self.sharer.engine.encode_features(features, head)
+            features = paste(shards, patches.outputs, patches.images, pixels.shape[0], *self._lat_size)
+        return engine.encode_features(features, self.sharer.head(engine.encoder_front, patches.head_rows, features))
+
+    @property
+    def _lat_size(self) -> tuple[int, int]:
+        ratio = self.sharer.arch.spatial_ratio
+        return self.pixels.shape[-2] // ratio, self.pixels.shape[-1] // ratio

@@ -30,12 +30,14 @@ class HeadShare:
 @dataclass(frozen=True)
 class Load:
     """What an engine is to run at once: ``half`` along ``trace``, for as many ``images``; the largest, if of several
-    sizes. ``kept_bytes``: of what calls that are repeated (``Engine.repeats``) read and write."""
+    sizes. ``kept_bytes``: of what calls that are repeated (``Engine.repeats``) read and write. ``lat_frame``: latent
+    rows and columns of the picture, or tile, that ``trace`` lies in."""
 
     half: Half
     trace: Sequence[Window]
     images: int
     kept_bytes: int = 0
+    lat_frame: tuple[int, int] = (0, 0)
 
 
 class Engine(Protocol):
@@ -56,6 +58,8 @@ class Engine(Protocol):
     """Channels of the encoder's features."""
     attention_channels: int
     """Channels of the decoder's attention."""
+    shares_head: bool
+    """Whether ranks can share the attention and what stands before it (``HeadShare``)."""
 
     def decode(
         self, latents: Tensor, trace: Sequence[Window], *, as_uint8: bool = False, head: HeadShare | None = None
@@ -71,6 +75,10 @@ class Engine(Protocol):
 
     def encode_window(self, pixels: Tensor, trace: Sequence[Window]) -> Iterator[Tensor]:
         """Features [B, C, 1, rows, cols] of the window ``trace[-1]``, one for each latent frame."""
+        ...
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Moments [B, 2 z, T, h, w] of whole pixels, nothing shared: the two below, one after the other."""
         ...
 
     def encode_features(self, features: Tensor, head: HeadShare | None = None) -> Tensor:

@@ -31,6 +31,8 @@ class Networks(NamedTuple):
 class TorchEngine:
     """Runs the networks it is given; implements ``engines.base.Engine``. Differentiable: it sets no grad mode."""
 
+    shares_head = True
+
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
         encoder, decoder = networks.encoder, networks.decoder
@@ -65,6 +67,10 @@ class TorchEngine:
         cache = self._stream(pixels.shape[2])
         for piece in self._pieces(pixels):
             yield run_local(self._body, cut(piece, trace[0]), trace, cache)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        trace = whole(self.encoder_stages, pixels.shape[-2], pixels.shape[-1])
+        return self.encode_features(torch.cat(list(self.encode_window(pixels, trace)), dim=2))
 
     def encode_features(self, features: Tensor, head: HeadShare | None = None) -> Tensor:
         encoder, quant_conv = self._encoder_parts()

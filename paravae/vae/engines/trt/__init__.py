@@ -1,0 +1,1 @@
+"""TensorRT: the networks at one frame as ONNX graphs, engines built from them, and what runs those."""
