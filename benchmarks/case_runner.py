@@ -29,6 +29,18 @@ def add_video_flag(parser: argparse.ArgumentParser, frames: Sequence[int]) -> No
     )
 
 
+def exit_status(parser: argparse.ArgumentParser, body: Callable[[], object]) -> int:
+    """Of a benchmark: 0 done, 1 a result of paravae is not correct or something failed, 2 (by ``parser``) bad input."""
+    try:
+        body()
+    except ValueError as error:
+        parser.error(str(error))
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def run_cases(
     contest: Contest,
     cases: Sequence[Case],

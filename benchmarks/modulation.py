@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.case_runner import deadline
+from benchmarks.case_runner import deadline, exit_status
 from benchmarks.modulation_cases import CASES, Case, Inputs, Outputs, Shape, Way
 from benchmarks.modulation_peers import COMPILING, Eager, contestants
 from paravae.configs.cli import number, whole_number
@@ -200,19 +200,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     parser = build_parser()
     args = parser.parse_args(arguments)
-    try:
+
+    def body() -> None:
         with world(Place(), args.device) as here, torch.no_grad():
             for flag in ("batches", "tokens", "channels"):
                 if min(getattr(args, flag)) < 1:
                     raise ValueError(f"--{flag} {min(getattr(args, flag))}: needs at least 1")
             bench.check_timing_and_output(args, here)
             run(args, here, deadline(start, args.minutes))
-    except ValueError as error:
-        parser.error(str(error))
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_status(parser, body)
 
 
 def run(args: argparse.Namespace, here: World, out_of_time: Callable[[], bool]) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.case_runner import VIDEO, add_video_flag, deadline, run_cases
+from benchmarks.case_runner import VIDEO, add_video_flag, deadline, exit_status, run_cases
 from benchmarks.peers import sglang_from
 from paravae import QwenImageVAEConfig, VAEArchConfig
 from paravae.configs.cli import number
@@ -54,15 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     parser = build_parser()
     args = parser.parse_args(arguments)
-    try:
+
+    def body() -> None:
         with world(Place(), args.device) as here:
             run(args, here, start)
-    except ValueError as error:
-        parser.error(str(error))
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_status(parser, body)
 
 
 def run(args: argparse.Namespace, here: World, start: float) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from paravae.configs.cli import number, whole_number
 from paravae.configs.values import width_and_height
 from paravae.files import check_writable
-from paravae.launch.models import TINY
+from paravae.launch.models import add_checkpoint_flags
 from paravae.launch.plan import ASSUMED_GPU
 from paravae.vae.engines.base import Half
 from paravae.vae.engines.trt.build import LEVELS
@@ -27,14 +27,7 @@ TURING = "7.5"
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of ``paravae engine build``."""
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the engines")
-    parser.add_argument(
-        "--model",
-        metavar="DIR_OR_REPO",
-        default=str(TINY),
-        help="checkpoint in diffusers' layout: a directory or a Hugging Face repository (default: the paravae-tiny "
-        "that is shipped with paravae)",
-    )
-    parser.add_argument("--subfolder", help="folder of the checkpoint within --model, such as vae")
+    add_checkpoint_flags(parser)
     _add_flags_of_shapes(parser)
     _add_flags_of_graphs(parser)
     _add_flags_of_tensorrt(parser)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from paravae.vae.engines.base import Agree, HeadShare, Load
 from paravae.vae.engines.graphs import GraphCache
 from paravae.vae.engines.torch_engine import Networks, TorchEngine, cut, whole_of
+from paravae.vae.engines.weight_state import WeightState
 from paravae.vae.models.blocks import AttentionPart, FrameCache
 from paravae.vae.models.flow import Flow, crop_flow
 from paravae.vae.models.folded import FoldedDecoder, FoldedEncoder
@@ -164,14 +165,13 @@ class _Copy(Generic[Folded]):
     def __init__(
         self, modules: Sequence[nn.Module | None], make: Callable[[], Folded], when_changed: Callable[[], None]
     ) -> None:
-        parts = [part for module in modules if module is not None for part in module.modules()]
-        self._tables = [part._parameters for part in parts]  # looked at for every decode: traversal would take longer
+        self._weights = WeightState(modules)
         self._make, self._when_changed = make, when_changed
         self._copy: Folded | None = None
         self._made_from: list[tuple[int, int]] = []
 
     def up_to_date(self) -> Folded:
-        now = [(parameter.data_ptr(), parameter._version) for parameter in self._parameters()]
+        now = self._weights.now()
         if self._copy is None or now != self._made_from:
             if self._copy is not None:
                 self._copy = None
@@ -182,10 +182,7 @@ class _Copy(Generic[Folded]):
         return self._copy
 
     def needs_grad(self) -> bool:
-        return any(parameter.requires_grad for parameter in self._parameters())
-
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        return (parameter for table in self._tables for parameter in table.values() if parameter is not None)
+        return any(parameter.requires_grad for parameter in self._weights.parameters())
 
 
 def _tuned_convolutions() -> AbstractContextManager[None]:

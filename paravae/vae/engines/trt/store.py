@@ -46,7 +46,7 @@ class EngineFolder:
         assert config.trt_engine_path is not None
         self._root, self._config, self._weights = Path(config.trt_engine_path), config, weights
         self._graphs, self._library, self._runs_on = graphs, library, runs_on
-        self._made_for: Hashable = None
+        self._made_for: tuple[torch.device, list[tuple[int, int]]] | None = None
         self._device = torch.device("cpu")
         self.residents: Residents[Runner] = Residents(self._load, config.max_resident_bytes)
         self._broken: dict[Hashable, str] = {}
@@ -54,10 +54,11 @@ class EngineFolder:
     def runs(self, needs: Sequence[Need], device: torch.device) -> list[Runner]:
         if device.type not in self._runs_on:
             raise EngineError(f"TensorRT runs on {' and '.join(self._runs_on)}, and the latents are on {device}")
-        if self._made_for != (device, self._weights.state):
+        made_for = (device, self._weights.state.now())
+        if self._made_for != made_for:
             self.residents.clear()
             self._broken.clear()
-            self._device, self._made_for = device, (device, self._weights.state)
+            self._device, self._made_for = device, made_for
         paths = [self._path_for(part, size) for part, size in needs]
         return self.residents.get(half_of(needs[0][0]), paths) if needs else []
 
