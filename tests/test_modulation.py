@@ -14,7 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paravae.layers import CustomOp
+from paravae.layers import CustomOp, modulate_kernel
 from paravae.layers.modulate import modulate
 from paravae.layers.modulate_kernel import launch
 from tests.builders import max_error, noise, rms_error
@@ -134,6 +134,19 @@ def test_by_hand() -> None:
         for way in ("native", "cuda"):
             for found, value in zip(Call(op=op).by(way, arguments), wanted[op.name], strict=True):
                 torch.testing.assert_close(found, x.new_tensor([value]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("channels", [1000, 3072])
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if {"residual", "weight"} <= {*parameters(op)}], ids=lambda op: op.name
+)
+def test_many_tokens_as_few(op: type[CustomOp], channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a residual, many tokens have scale and shift loaded before the sums, few after them."""
+    call = Call(op=op, tokens=3, channels=channels)
+    few_tokens = call.by("cuda", call.arguments())
+    monkeypatch.setattr(modulate_kernel, "_FEW_TOKENS", 0)
+    for found, wanted in zip(call.by("cuda", call.arguments()), few_tokens, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_any_index_but_0_takes_the_second_set_where_nobody_looks() -> None:
