@@ -14,7 +14,7 @@ failed=0
 step() { name=$1; shift; [[ $name =~ ${ONLY:-.} ]] || return 0; echo "== $name"; SECONDS=0; "$@" >"$out/$name.log" 2>&1 || { failed=1; echo "FAILED: $name"; tail -n 60 "$out/$name.log"; }; echo "   $SECONDS s"; }
 
 step tests_cuda "$python" -m pytest -q -rs -p no:cacheprovider tests/test_cuda.py --durations 5 -s
-step tests_kernels "$python" -m pytest -q -rs -p no:cacheprovider tests/test_layers.py tests/test_fused_conv.py tests/test_hopper_attention.py tests/test_modulation.py tests/test_modulation_torch.py tests/test_modulation_input.py tests/test_fuse_transformer.py tests/test_fuse_transformer_around.py --durations 5
+step tests_kernels "$python" -m pytest -q -rs -p no:cacheprovider tests/test_layers.py tests/test_fused_conv.py tests/test_hopper_attention.py tests/test_modulation.py tests/test_modulation_torch.py tests/test_modulation_input.py tests/test_fuse_transformer.py tests/test_fuse_transformer_around.py tests/test_custom_op.py tests/test_dispatch.py tests/test_trt_stream.py --durations 5
 [ "$gpus" -lt 2 ] || step tests_nccl "$python" -m pytest -q -rs -p no:cacheprovider tests/test_nccl.py tests/test_nccl_fast.py tests/test_nccl_killed.py --durations 5
 [ "$gpus" -lt 2 ] || step commands bash benchmarks/check_commands.sh "$gpus"
 step tiling "$python" -m benchmarks.tiling --output "$out/tiling.json"

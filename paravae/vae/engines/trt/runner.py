@@ -1,8 +1,9 @@
 """One loaded TensorRT engine: a tensor in, a tensor out, on the caller's stream.
 
 The input is read and the output written by work that is queued on PyTorch's current stream, after what made the input
-and before what will read the output: no other stream, no event, no wait. Memory to work in is PyTorch's, so the
-allocator knows of it and gives it to others between calls on that stream.
+and before what will read the output; the host waits for nothing. An engine does one thing at a time: a call on another
+stream than the last one's starts, on the GPU, when that is through. Memory to work in is PyTorch's, so the allocator
+knows of it and gives it to others between calls on that stream.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ class Runner:
         if len(self.input.shape) == x.dim() + 1:  # others' engines keep an axis for the lone frame
             x = x.unsqueeze(2)
         with torch.cuda.device(self.device) if x.is_cuda else nullcontext():
+            if self._done is not None:
+                torch.cuda.current_stream(self.device).wait_event(self._done)
             y = self._graphs.run(x.shape, self._queue, x)
             if x.is_cuda:
                 self._done = torch.cuda.Event()
