@@ -2,13 +2,16 @@
 PYTHON ?= python3
 INSTALL = pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test test-full-size clean
 
 demo: .venv-demo/ready
 	.venv-demo/bin/paravae demo --output demo
 
 test: .venv-test/ready
 	.venv-test/bin/python -m pytest
+
+test-full-size: .venv-test/ready
+	.venv-test/bin/python -m pytest -m slow tests/test_trt_build.py
 
 .venv-demo/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv-demo

@@ -1,6 +1,14 @@
 """paravae: the VAE of Qwen-Image and Wan 2.1, decoded by one GPU or many, with the same pixels."""
 
-from paravae.configs import QwenImageVAEArchConfig, QwenImageVAEConfig, VAEArchConfig, VAEConfig, WanVAEConfig
+from paravae.configs import (
+    QwenImageVAEArchConfig,
+    QwenImageVAEConfig,
+    TrtVAEConfig,
+    VAEArchConfig,
+    VAEConfig,
+    WanVAEConfig,
+    load_vae_config,
+)
 from paravae.vae.autoencoders import AutoencoderKLQwenImage, AutoencoderKLWan
 from paravae.vae.choice import DecodeChoice
 from paravae.vae.comm import RankError
@@ -18,7 +26,9 @@ __all__ = [
     "QwenImageVAEArchConfig",
     "QwenImageVAEConfig",
     "RankError",
+    "TrtVAEConfig",
     "VAEArchConfig",
     "VAEConfig",
     "WanVAEConfig",
+    "load_vae_config",
 ]

@@ -82,6 +82,14 @@ def test_the_choices_are_not_all_alike(choices: dict[tuple[str, int], DecodeChoi
     assert choices["batch", 3].groups == 3
 
 
+def test_of_engines_it_predicts_what_pytorch_would_take(bench: Bench) -> None:
+    engines = ("--vae-config.vae-type", "tensorrt", "--vae-config.trt-vae-config.trt-engine-path", str(bench.folder))
+    by_pytorch, by_engines = planned(bench, "image", 2), planned(bench, "image", 2, *engines)
+    assert by_pytorch["engine"] == "torch32"
+    assert by_engines["engine"].startswith("torch32 (PyTorch's, by which auto goes for vae_type tensorrt too")
+    assert by_engines["one_rank_ms"] == by_pytorch["one_rank_ms"]
+
+
 def test_a_gpu_that_is_not_here(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     """The full-size model, without its memory: candidates are sorted, marked and related to one rank."""
     output = bench.folder / "out/plan.json"

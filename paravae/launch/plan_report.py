@@ -35,6 +35,14 @@ class Prediction:
     chosen: DecodePlan
     one_rank_ms: float
 
+    @property
+    def engine(self) -> str:
+        """The one whose times are predicted, in words."""
+        kind = self.planner.engine.kind(self.planner.dtype, self.planner.device)
+        if self.planner.config.vae_type == "tensorrt":
+            kind += " (PyTorch's, by which auto goes for vae_type tensorrt too: an engine's times are nowhere stated)"
+        return kind
+
     @cached_property
     def candidates(self) -> list[dict[str, Any]]:
         """Each way there is, the fastest first; tiles, which are approximate, last."""
@@ -128,6 +136,7 @@ def as_json(found: Prediction) -> dict[str, Any]:
         "dtype": found.dtype,
         "gpu": found.gpu,
         "constants": {"of": found.machine.name, "source": found.machine.source},
+        "engine": found.engine,
         "memory": found.memory,
         "one_rank_ms": found.one_rank_ms,
         "chosen": asdict(found.chosen.choice),
@@ -143,12 +152,11 @@ def show(found: Prediction) -> None:
         console = Console(width=140, highlight=False)
     choice = found.chosen.choice
     batch = f", {found.batch} at once" if found.batch > 1 else ""
-    engine = found.planner.engine.kind(found.planner.dtype, found.planner.device)
     for name, text in (
         ("decode", f"{found.case.size}, {_count(found.case.frames, 'frame')}{batch}, {found.dtype}"),
         ("ranks", f"{found.planner.ranks} x {found.gpu}"),
         ("memory", found.memory),
-        ("constants", f"{found.machine.name}, engine {engine}: {found.machine.source}"),
+        ("constants", f"{found.machine.name}, engine {found.engine}: {found.machine.source}"),
         ("plan", f"{choice.how}: {choice.reason}"),
     ):
         console.print(f"{name:<10} {text}", soft_wrap=True, markup=False)
