@@ -40,6 +40,21 @@ def shared_sglang(folder: Path, mode: str) -> OtherPeer:
     return build
 
 
+def in_sglang(folder: Path, mode: str) -> OtherPeer:
+    """paravae as SGLang's loader builds it and its stages call it, on SGLang's decode group."""
+
+    def build(model: Model, dtype: torch.dtype, device: torch.device) -> Peer:
+        from benchmarks import sglang_peer
+
+        base_dim = model.config.arch_config.base_dim
+        peer = sglang_peer.build(
+            model.state, dtype, device, folder=folder, base_dim=base_dim, parallel=mode, plugin=True
+        )
+        return Peer(f"paravae-in-sglang-{mode}", peer.what_ran, peer.decode, peer.encode)
+
+    return build
+
+
 def distvae(mode: str) -> OtherPeer:
     """diffusers' class, its decoder shared by DistVAE."""
 

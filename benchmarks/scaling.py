@@ -41,6 +41,8 @@ RESULTS = Path(__file__).parent / "results"
 SIZES = ("1024x1024", "1328x1328", "2048x2048", "4096x4096")
 VIDEO_FRAMES = (81,)
 PEERS = ("diffusers", "sglang-spatial_shard", "sglang-auto", "distvae-rows", "distvae-tiles")
+IF_ASKED = ("sglang-patch", "paravae-in-sglang-auto", "paravae-in-sglang-patch")
+"""Timed if --peers names them: SGLang's inexact mode, and paravae through SGLang's own calls."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_sizes_flag(parser, SIZES, at_least_one=False)
     add_video_flag(parser, VIDEO_FRAMES)
     parser.add_argument(
-        "--peers", choices=PEERS, nargs="*", help="who else is timed (default: all that the ranks and --sglang allow)"
+        "--peers",
+        choices=(*PEERS, *IF_ASKED),
+        nargs="*",
+        help=f"who else is timed (default: all that the ranks and --sglang allow, but for {', '.join(IF_ASKED)})",
     )
     parser.add_argument(
         "--sglang", type=Path, metavar="FOLDER", help="where benchmarks/fetch_sglang.sh laid SGLang out"
@@ -122,13 +127,15 @@ def chosen_peers(args: argparse.Namespace, ranks: int) -> list[str]:
         ValueError: one that was asked for cannot run.
     """
     alone = ("diffusers", "sglang-spatial_shard")
-    possible = [name for name in PEERS if (ranks > 1 or name in alone) and (args.sglang or "sglang" not in name)]
+    possible = [
+        name for name in (*PEERS, *IF_ASKED) if (ranks > 1 or name in alone) and (args.sglang or "sglang" not in name)
+    ]
     if impossible := [name for name in args.peers or () if name not in possible]:
         raise ValueError(
             f"--peers {' '.join(impossible)} on {ranks} rank{'s' if ranks > 1 else ''}: possible here are "
             f"{' '.join(possible)}; SGLang's need --sglang FOLDER, distvae and sglang-auto need several ranks"
         )
-    return possible if args.peers is None else args.peers
+    return [name for name in possible if name not in IF_ASKED] if args.peers is None else args.peers
 
 
 def own_runs(args: argparse.Namespace, config: QwenImageVAEConfig, ranks: int) -> list[Own]:
@@ -150,6 +157,8 @@ def prepare(args: argparse.Namespace, model: Model, here: World) -> Contest:
 
 
 def builder_of(name: str, sglang: Path) -> OtherPeer:
+    if name.startswith("paravae-in-sglang-"):
+        return peers.in_sglang(sglang, name.removeprefix("paravae-in-sglang-"))
     kind, _, mode = name.partition("-")
     if kind == "sglang":
         return peers.shared_sglang(sglang, mode)

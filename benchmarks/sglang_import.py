@@ -36,6 +36,7 @@ WITHOUT_INIT: dict[str, str | None] = {
     GEN: None,
     f"{GEN}.configs.models": f"{GEN}.configs.models.vaes.base",
     f"{GEN}.runtime.cache": None,
+    f"{GEN}.runtime.loader.component_loaders": None,
 }
 
 
@@ -43,14 +44,20 @@ def _unchanged(vae: nn.Module) -> nn.Module:
     return vae
 
 
-# Modules of SGLang replaced whole: a type used in annotations; the installers of other VAEs' fast paths, which
+def _no_server() -> None:
+    raise ValueError("there is no server")
+
+
+# Modules of SGLang replaced whole: a type used in annotations and the server's flags, for which its VAEs and paravae's
+# plug-in ask; an error of its loader's; the installers of other VAEs' fast paths, which
 # return a Wan or Qwen-Image VAE as it is but import what their own models need; and the language models' table of
 # groups, which the diffusion side fills where it is empty, and leaves alone where it is not, as here.
 REPLACED: dict[str, dict[str, object]] = {
     "sglang.srt.distributed.parallel_state": dict.fromkeys(
         ("_WORLD", "_TP", "_ATTN_TP", "_MOE_TP", "_MOE_EP"), object()
     ),
-    f"{GEN}.runtime.server_args": {"ServerArgs": object},
+    f"{GEN}.runtime.server_args": {"ServerArgs": object, "get_global_server_args": _no_server},
+    f"{GEN}.runtime.loader.component_loaders.component_loader": {"ComponentCheckpointUnsupportedError": ValueError},
     f"{VAES}.flux2_vae_cuda_opt": {
         "maybe_optimize_autoencoder_kl": _unchanged,
         "maybe_optimize_flux2_vae": _unchanged,

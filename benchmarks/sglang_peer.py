@@ -26,11 +26,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+import paravae
 from benchmarks.sglang_import import GEN, MODULES, REPLACED, WITHOUT_INIT, Kind, Parts, PeerUnavailable, import_vae
 from paravae.launch.machine import version_of
 
 Precision = Literal["plain", "pipeline"]
-Parallel = Literal["auto", "spatial_shard"]
+Parallel = Literal["auto", "spatial_shard", "patch"]
 
 _KERNELS = (
     "cat_pad_channels_last_3d",
@@ -105,9 +106,11 @@ def build(
     base_dim: int = 96,
     precision: Precision = "plain",
     parallel: Parallel | None = None,
+    plugin: bool = False,
 ) -> Peer:
     """SGLang's class for `kind`, with these weights, as its loader would leave it on this device.
 
+    `plugin`: the class with which paravae serves SGLang's Qwen-Image, through the same calls, instead.
     `parallel`: the mode in which the ranks of torchrun share its decodes; a collective call. Without it, or with one
     rank, it decodes alone.
 
@@ -133,7 +136,7 @@ def build(
             parts.distributed.maybe_init_distributed_environment_and_model_parallel(
                 tp_size=1, sp_size=ranks, ulysses_degree=ranks
             )
-        vae = _loaded(parts, kind, state_dict, held, device, base_dim, parallel)
+        vae = _loaded(parts, kind, state_dict, held, device, base_dim, parallel, plugin=plugin)
     except Exception as error:
         raise PeerUnavailable(f"SGLang's VAE could not be built: {type(error).__name__}: {error}") from error
 
@@ -144,6 +147,12 @@ def build(
                 module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
                 converted += 1
         vae = parts.platform.optimize_vae(vae)
+    if plugin:
+        how = f"{type(vae).__module__}.{type(vae).__name__} of paravae {paravae.__version__}"
+        what_ran = (
+            f"{how}, as SGLang {parts.version}'s loader leaves it, parallel_decode_mode={parallel}, {ranks} ranks"
+        )
+        return Peer(vae, what_ran, held, autocast, parts)
     norms, upsamples = _fused(parts, vae)
     if on_cuda and not (norms and upsamples and vae in parts.fast_path._VAE_FAST_PATH_GATES):
         raise PeerUnavailable("SGLang's CUDA fast path was not installed; its log says why")
@@ -175,9 +184,11 @@ def _shared(parallel: Parallel | None, ranks: int) -> str:
         return ""
     if ranks == 1:
         return f"; parallel_decode_mode={parallel} on one rank, which shares nothing"
-    how = {"spatial_shard": "rows, the neighbours' edges before each convolution", "auto": "all on every rank"}[
-        parallel
-    ]
+    how = {
+        "spatial_shard": "rows, the neighbours' edges before each convolution",
+        "auto": "all on every rank",
+        "patch": "rows, each rank's as a picture of its own, inexact",
+    }[parallel]
     return f"; parallel_decode_mode={parallel} on {ranks} ranks, one Ulysses group ({how})"
 
 
@@ -189,6 +200,8 @@ def _loaded(
     device: torch.device,
     base_dim: int,
     parallel: Parallel | None,
+    *,
+    plugin: bool,
 ) -> nn.Module:
     """Built on the CPU in its dtype, moved, loaded and frozen, in the order of SGLang's loader."""
     utils = sys.modules[f"{GEN}.runtime.loader.utils"]
@@ -198,8 +211,11 @@ def _loaded(
     config.post_init()
     if parallel is not None:
         config.parallel_decode_mode = parallel
+    make = getattr(parts.model, f"AutoencoderKL{stem}")
+    if plugin:
+        from paravae.integrations.sglang_vae import qwen_image_vae as make
     with utils.set_default_torch_dtype(dtype):
-        vae: nn.Module = getattr(parts.model, f"AutoencoderKL{stem}")(config)
+        vae: nn.Module = make(config)
     vae = vae.to(device)
     utils.load_model_state_dict(vae, dict(state_dict), strict=True)
     return utils.finalize_loaded_model(vae)
