@@ -9,6 +9,7 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "paravae/__init__.py").read_text(encoding="utf-8")).group(1)
 
 video = ["imageio-ffmpeg>=0.4.9"]
+diffusers = ["diffusers>=0.42", "transformers>=5", "accelerate>=1.1"]
 tensorrt = [
     "onnx>=1.19",
     "onnxruntime>=1.22",
@@ -17,6 +18,7 @@ tensorrt = [
     "tensorrt-rtx-cu13-libs>=1.7; platform_system == 'Linux' and platform_machine == 'x86_64'",
 ]
 test = [
+    "accelerate>=1.1",
     "diffusers==0.42.0",
     "distvae==0.1.0",
     "hypothesis>=6.100",
@@ -24,6 +26,7 @@ test = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
+    "transformers>=5",
     "triton>=3.4; platform_system == 'Linux'",
     *tensorrt,
     *video,
@@ -62,6 +65,13 @@ setup(
         "matplotlib>=3.8",
         "typing_extensions>=4.8",
     ],
-    extras_require={"video": video, "bench": bench, "test": test, "tensorrt": tensorrt, "train": train},
+    extras_require={
+        "bench": bench,
+        "diffusers": diffusers,
+        "tensorrt": tensorrt,
+        "test": test,
+        "train": train,
+        "video": video,
+    },
     entry_points={"console_scripts": ["paravae = paravae.launch.cli:main"]},
 )

@@ -25,6 +25,7 @@ LAYERS = (
     ("paravae.vae.work",),
     ("paravae.vae.parallel",),
     ("paravae.vae.autoencoders",),
+    ("paravae.integrations",),
     ("paravae.launch",),
     ("paravae.__main__",),
 )
@@ -74,7 +75,7 @@ def test_reads_something() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_imports_run_one_way(path: Path) -> None:
-    """configs <- plan <- layers <- comm, blend <- models <- engines <- parallel <- autoencoders <- launch."""
+    """configs <- plan <- layers <- comm, blend <- models <- engines <- parallel <- integrations <- launch."""
     module = module_name(path)
     if module == "paravae":  # the public names
         return
@@ -98,7 +99,8 @@ def test_distributed_only_in_comm_and_launch(path: Path) -> None:
         assert not uses(path, "torch.distributed")
         types = {"torch.distributed", "torch.distributed.ProcessGroup"}  # a type in a signature calls nothing
         mentioned = {name for name in attributes_of(path) if name.startswith("torch.distributed")}
-        assert mentioned <= (types if path == PACKAGE / "vae/parallel.py" else set())
+        takes_groups = path == PACKAGE / "vae/parallel.py" or PACKAGE / "integrations" in path.parents
+        assert mentioned <= (types if takes_groups else set())
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
@@ -108,6 +110,16 @@ def test_triton_only_in_layers_and_tensorrt_by_its_flavour_only(path: Path) -> N
     assert not uses(path, "tensorrt", "tensorrt_rtx", "tensorrt_bindings", "tensorrt_rtx_bindings", "torch_tensorrt")
     if path != PACKAGE / "vae/engines/trt/flavour.py":  # which imports it by a name that is looked up
         assert "tensorrt_rtx_bindings" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_diffusers_only_where_it_is_asked_for(path: Path) -> None:
+    """Not by the public names, and beside the integrations only by the benchmark that times it."""
+    if PACKAGE / "integrations" not in path.parents:
+        if path != PACKAGE / "launch/bench_peers.py":
+            assert not uses(path, "diffusers", "transformers", "accelerate")
+        if PACKAGE / "launch" not in path.parents:
+            assert not uses(path, "paravae.integrations")
 
 
 def test_parts_that_know_nothing_of_each_other() -> None:

@@ -70,8 +70,8 @@ class RankGroup:
     data: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
     presence: Presence | None = None
-    connected: set[tuple[GatherTo, int]] = field(default_factory=set, compare=False, repr=False)
-    """What NCCL has gathered already: to whom, and how many bytes of each rank."""
+    connected: set[tuple[GatherTo | str, int]] = field(default_factory=set, compare=False, repr=False)
+    """What NCCL has moved already: gathers by whom they were to, or a broadcast, and how many bytes of a rank."""
 
     @staticmethod
     def alone() -> RankGroup:
@@ -212,6 +212,18 @@ class RankGroup:
             target = dist.get_global_rank(self.data, to)
             self._run(lambda **how: dist.gather(sent, parts, target, self.data, **how), sent, to)
 
+    def broadcast(self, value: Tensor) -> Tensor:
+        """Rank 0's ``value``, on all; every rank's has one shape and dtype, and those of the others are not read."""
+        if self.size == 1:
+            return value
+        assert self.data is not None
+        source = dist.get_global_rank(self.data, 0)
+        plain = torch.contiguous_format
+        value = value.contiguous() if self.rank == 0 else torch.empty_like(value, memory_format=plain)
+        moved = _bytes(value)
+        self._run(lambda **how: dist.broadcast(moved, source, self.data, **how), moved, "from 0")
+        return value
+
     def settle(self, like: Tensor) -> None:
         """Wait until the device of ``like`` has done what was queued on it, as long as all ranks are there.
 
@@ -252,7 +264,7 @@ class RankGroup:
             raise self._error_of_gone(gone.rank, _GOING_ON) from None
         return [rows[rank] for rank in range(self.size)]
 
-    def _run(self, collective: Callable[..., Any], sent: Tensor, to: GatherTo) -> None:
+    def _run(self, collective: Callable[..., Any], sent: Tensor, to: GatherTo | str) -> None:
         """Start a collective. On CPU tensors wait for it too, as long as all ranks are there."""
         if sent.is_cuda:
             key = (to, sent.numel())

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -67,21 +67,32 @@ def read_arch(folder: Path, arch_class: type[ArchConfig]) -> ArchConfig:
         stated = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(stated, dict) or stated.get("_class_name") not in _CLASS_NAMES:
-        came = stated.get("_class_name") if isinstance(stated, dict) else type(stated).__name__
-        raise ValueError(f"{path} is of {came!r}, need one of {', '.join(_CLASS_NAMES)} (Qwen-Image or Wan 2.1)")
+    if not isinstance(stated, dict):
+        stated = {"_class_name": type(stated).__name__}
+    return arch_of(stated, str(path), arch_class)
+
+
+def arch_of(stated: Mapping[str, Any], source: str, arch_class: type[ArchConfig]) -> ArchConfig:
+    """The architecture that diffusers' fields for such a VAE state; ``source``: where they stand, for errors.
+
+    Raises:
+        ValueError: they are another model's.
+    """
+    if stated.get("_class_name") not in _CLASS_NAMES:
+        came = stated.get("_class_name")
+        raise ValueError(f"{source} is of {came!r}, need one of {', '.join(_CLASS_NAMES)} (Qwen-Image or Wan 2.1)")
     for name, plain in _PLAIN_VALUES.items():
         value = stated.get(name, plain[0])
         same_as_base = name == "decoder_base_dim" and value == stated.get("base_dim")
         if value not in plain and not same_as_base:
             raise ValueError(
-                f"{path} has {name} = {value!r}: another network than Qwen-Image's and Wan 2.1's ({plain[0]!r})"
+                f"{source} has {name} = {value!r}: another network than Qwen-Image's and Wan 2.1's ({plain[0]!r})"
             )
     names = {field.name for field in fields(arch_class)}
     try:
         return arch_class(**{name: value for name, value in stated.items() if name in names})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
 
 
 def read_tensors(

@@ -1,0 +1,1 @@
+"""paravae in other people's runtimes: SGLang, diffusers."""
