@@ -32,6 +32,7 @@ test = [
     *video,
 ]
 train = ["scikit-image>=0.22", "scikit-learn>=1.4"]
+sglang = ["sglang[diffusion]==0.5.23"]
 bench = ["diffusers>=0.42", "distvae==0.1.0", *train]
 
 setup(
@@ -68,10 +69,14 @@ setup(
     extras_require={
         "bench": bench,
         "diffusers": diffusers,
+        "sglang": sglang,
         "tensorrt": tensorrt,
         "test": test,
         "train": train,
         "video": video,
     },
-    entry_points={"console_scripts": ["paravae = paravae.launch.cli:main"]},
+    entry_points={
+        "console_scripts": ["paravae = paravae.launch.cli:main"],
+        "sglang.multimodal_gen.plugins": ["paravae = paravae.integrations.sglang_plugin:register"],
+    },
 )

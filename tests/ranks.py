@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -52,15 +52,17 @@ def run_ranks(
     backend: str = "gloo",
     timeout_s: float = 200,
     tidy: bool = True,
+    preload: Sequence[str] = ("tests.parallel_cases",),
 ) -> dict[str, list[Outcome]]:
     """Run ``cases`` in order on ``size`` ranks: for each case the ranks' outcomes.
 
     Cases and their values must pickle. ``backend`` that names nccl gives each rank a GPU. Ranks that have not
     finished after ``timeout_s`` are killed, and the cases they owe are reported as such. ``tidy``: destroy the process
-    group at the end, which on NCCL could wait for a rank that is gone.
+    group at the end, which on NCCL could wait for a rank that is gone. ``preload``: modules of the cases that are
+    imported once for all ranks; what the first call of a process says holds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "tests.parallel_cases"])
+    context.set_forkserver_preload(["torch", "torch.distributed", *preload])
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)

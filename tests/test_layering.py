@@ -113,13 +113,15 @@ def test_triton_only_in_layers_and_tensorrt_by_its_flavour_only(path: Path) -> N
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
-def test_diffusers_only_where_it_is_asked_for(path: Path) -> None:
-    """Not by the public names, and beside the integrations only by the benchmark that times it."""
+def test_other_runtimes_in_their_integration_only(path: Path) -> None:
+    """SGLang in the files that bear its name, diffusers in the integrations and the benchmark that times it; nothing
+    below imports an integration."""
     if PACKAGE / "integrations" not in path.parents:
-        if path != PACKAGE / "launch/bench_peers.py":
-            assert not uses(path, "diffusers", "transformers", "accelerate")
-        if PACKAGE / "launch" not in path.parents:
-            assert not uses(path, "paravae.integrations")
+        assert not uses(path, "sglang", "transformers", "accelerate")
+        assert path == PACKAGE / "launch/bench_peers.py" or not uses(path, "diffusers")
+        assert PACKAGE / "launch" in path.parents or not uses(path, "paravae.integrations")
+    elif not path.name.startswith("sglang"):
+        assert not uses(path, "sglang")
 
 
 def test_parts_that_know_nothing_of_each_other() -> None:

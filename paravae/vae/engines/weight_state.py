@@ -19,4 +19,12 @@ class WeightState:
 
     def now(self) -> list[tuple[int, int]]:
         """Another list after every change of a weight; none is read for it."""
-        return [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
+        return [(parameter.data_ptr(), _version(parameter)) for parameter in self.parameters()]
+
+
+def _version(parameter: nn.Parameter) -> int:
+    """How often it was changed in place; of what was made under ``torch.inference_mode`` PyTorch keeps no count."""
+    try:
+        return parameter._version
+    except RuntimeError:
+        return 0
