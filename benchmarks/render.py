@@ -26,7 +26,7 @@ PLOT = ROOT / "docs/single_gpu.png"
 SCALING_PLOT = ROOT / "docs/scaling.png"
 SIMULATION_PLOT = ROOT / "docs/simulation.png"
 MODULATION_PLOT = ROOT / "docs/modulation.png"
-FILES = ("README.md", "docs/measurements.md")
+FILES = ("README.md", "docs/measurements.md", "docs/sglang.md")
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -190,6 +190,7 @@ BLOCKS: dict[str, Callable[[], str | None]] = {
     "scaling": lambda: scaling_tables.beside_peers(scaling_reports()),
     "scaling-all": lambda: scaling_tables.everyone(scaling_reports()),
     "scaling-plans": lambda: scaling_tables.plans(scaling_reports()),
+    "in-sglang": lambda: scaling_tables.in_sglang(load_if_there("sglang_plugin_2")),
     "simulation": lambda: simulation_tables.times(load_if_there("simulation")),
     "modulation": lambda: modulation_tables.beside_peers(load_if_there("modulation")),
     "modulation-all": lambda: modulation_tables.everyone(load_if_there("modulation")),

@@ -20,6 +20,12 @@ NAMES = {
     "distvae-tiles": "DistVAE tiles",
 }
 RIVALS = ("sglang-spatial_shard", "distvae-rows", DIFFUSERS)
+IN_SGLANG = {
+    "paravae-in-sglang-auto": "paravae, by SGLang's calls",
+    "sglang-auto": "SGLang's class, auto (its default)",
+    "sglang-spatial_shard": "SGLang's class, spatial_shard",
+    "sglang-patch": "SGLang's class, patch",
+}
 
 Reports = dict[int, dict[str, Any]]
 """{ranks: report}"""
@@ -55,6 +61,21 @@ def everyone(reports: Reports) -> str | None:
     ]
     head = ["decode", "ranks", "who", "ms", "p20 to p80", "calls", "max error", "RMS error", "correct"]
     return _text(reports, [*head, "largest difference from one GPU", "peak GiB a rank", "what ran"], rows)
+
+
+def in_sglang(report: dict[str, Any] | None) -> str | None:
+    """A line for each case and class that SGLang's calls ran: times and errors."""
+    if report is None:
+        return None
+    rows = [
+        [case, name, f"{found[who]['ms']:.1f}", f"{found[who]['ms'] / found[next(iter(IN_SGLANG))]['ms']:.2f}x",
+         f"{found[who]['max_error']:.3f}", f"{found[who]['rms_error']:.4f}", f"{found[who]['peak_gib']:.2f}"]
+        for case, found in by_case(report, "decode").items()
+        for who, name in IN_SGLANG.items()
+    ]  # fmt: skip
+    head = ["decode", "who", "ms", "time over paravae's", "max error", "RMS error", "peak GiB a rank"]
+    ranks = report["machine"]["ranks"]
+    return f"{ranks} x {machine_line(report)}; {report['args']['dtype']}.\n\n" + table(head, rows)
 
 
 def plans(reports: Reports) -> str | None:
