@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from benchmarks.scaling_tables import is_way
-from paravae import AutoencoderKLQwenImage, VAEConfig
+from paravae import AutoencoderKLQwenImage
 from paravae.launch.bench_cases import Case, pixel_size
 from paravae.launch.models import DTYPES
 from paravae.launch.planned import planner_of
-from paravae.vae.choice import DecodePlanner, KeptPlans
+from paravae.vae.choice import DecodePlanner
 from paravae.vae.cost import Link, machine_named, machines
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
@@ -144,13 +144,3 @@ def test_work_of_the_ranks_covers_the_whole() -> None:
         used = planned.choice.grid[0] * planned.choice.grid[1]
         assert sum(work) > whole
         assert max(work) < whole * (1.2 if planned.choice.head == "shared" else 1.9) * 2 / used
-
-
-def test_plans_are_kept_for_equal_configs() -> None:
-    """Or ranks of which one made its config anew would plan at different times, and not agree on free memory."""
-    plans: KeptPlans[str] = KeptPlans()
-    first, equal, other = VAEConfig(), VAEConfig(), VAEConfig(cuda_graphs=1)
-    assert plans.get(first, "key", lambda: "first") == "first"
-    assert plans.get(equal, "key", lambda: "again") == "first"
-    assert plans.get(other, "key", lambda: "other") == "other"
-    assert plans.get(first, "key", lambda: "anew") == "anew"

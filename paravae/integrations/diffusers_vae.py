@@ -201,7 +201,7 @@ class PipelineVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             posterior = self.paravae.encode(value)
             return torch.cat([posterior.mean, posterior.logvar], dim=1)
         config = self._with_tiles(self.tiles_px)
-        if config != self.paravae.config:  # set here, in step with all ranks: it drops the plans that are kept
+        if config != self.paravae.config:  # set here, in step with all ranks: plans are kept for the very object
             self.paravae.config = config
         if self.use_tiling and not self.shares:
             return self.paravae.tiled_decode(value)

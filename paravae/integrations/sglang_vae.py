@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -41,24 +42,21 @@ _HALVES = {"load_encoder": ("encoder.", "quant_conv."), "load_decoder": ("decode
 
 def qwen_image_vae(config: Any) -> nn.Module:
     """What SGLang's registry has for AutoencoderKLQwenImage: paravae's, or SGLang's own where ours would not do."""
-    reason = foreign_reason(config.arch_config) or unknown_pipeline(QWEN_IMAGE_PIPELINES)
-    if reason is None:
-        return ServedQwenImageVAE(config)
-    from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl_qwenimage import AutoencoderKLQwenImage as Theirs
-
-    logger.info("paravae: SGLang's own AutoencoderKLQwenImage serves, since %s", reason)
-    return Theirs(config)
+    return _vae_for(config, QWEN_IMAGE_PIPELINES, ServedQwenImageVAE, "autoencoder_kl_qwenimage")
 
 
 def wan_vae(config: Any) -> nn.Module:
     """What SGLang's registry has for AutoencoderKLWan: paravae's, or SGLang's own where ours would not do."""
-    reason = foreign_reason(config.arch_config) or unknown_pipeline(WAN_PIPELINES)
-    if reason is None:
-        return ServedWanVAE(config)
-    from sglang.multimodal_gen.runtime.models.vaes.wanvae import AutoencoderKLWan as Theirs
+    return _vae_for(config, WAN_PIPELINES, ServedWanVAE, "wanvae")
 
-    logger.info("paravae: SGLang's own AutoencoderKLWan serves, since %s", reason)
-    return Theirs(config)
+
+def _vae_for(config: Any, pipelines: tuple[str, ...], ours: type[ServedVAE], their_module: str) -> nn.Module:
+    reason = foreign_reason(config.arch_config) or unknown_pipeline(pipelines)
+    if reason is None:
+        return ours(config)
+    theirs = ours.__name__.replace("Served", "AutoencoderKL").removesuffix("VAE")
+    logger.info("paravae: SGLang's own %s serves, since %s", theirs, reason)
+    return getattr(import_module(f"sglang.multimodal_gen.runtime.models.vaes.{their_module}"), theirs)(config)
 
 
 @SGLangVAE.register  # what its stages ask before they hand over ``on_frames``; its layerwise offload is not inherited

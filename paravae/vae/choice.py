@@ -319,10 +319,9 @@ class KeptPlans(Generic[Plan]):
         self._config: VAEConfig | None = None
 
     def get(self, config: VAEConfig, key: Hashable, make: Callable[[], Plan]) -> Plan:
-        """What ``make`` gave for this config and ``key``."""
+        """What ``make`` gave for this config (the very object) and ``key``."""
         if config is not self._config:
-            if config != self._config:  # an equal one may be new to this rank alone
-                self._plans.clear()
+            self._plans.clear()
             self._config = config
         if key not in self._plans:
             if len(self._plans) >= _PLANS_KEPT:
