@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -42,21 +41,27 @@ _HALVES = {"load_encoder": ("encoder.", "quant_conv."), "load_decoder": ("decode
 
 def qwen_image_vae(config: Any) -> nn.Module:
     """What SGLang's registry has for AutoencoderKLQwenImage: paravae's, or SGLang's own where ours would not do."""
-    return _vae_for(config, QWEN_IMAGE_PIPELINES, ServedQwenImageVAE, "autoencoder_kl_qwenimage")
+    if _serves("AutoencoderKLQwenImage", config, QWEN_IMAGE_PIPELINES):
+        return ServedQwenImageVAE(config)
+    from sglang.multimodal_gen.runtime.models.vaes.autoencoder_kl_qwenimage import AutoencoderKLQwenImage as Theirs
+
+    return Theirs(config)
 
 
 def wan_vae(config: Any) -> nn.Module:
     """What SGLang's registry has for AutoencoderKLWan: paravae's, or SGLang's own where ours would not do."""
-    return _vae_for(config, WAN_PIPELINES, ServedWanVAE, "wanvae")
+    if _serves("AutoencoderKLWan", config, WAN_PIPELINES):
+        return ServedWanVAE(config)
+    from sglang.multimodal_gen.runtime.models.vaes.wanvae import AutoencoderKLWan as Theirs
+
+    return Theirs(config)
 
 
-def _vae_for(config: Any, pipelines: tuple[str, ...], ours: type[ServedVAE], their_module: str) -> nn.Module:
+def _serves(name: str, config: Any, pipelines: tuple[str, ...]) -> bool:
     reason = foreign_reason(config.arch_config) or unknown_pipeline(pipelines)
-    if reason is None:
-        return ours(config)
-    theirs = ours.__name__.replace("Served", "AutoencoderKL").removesuffix("VAE")
-    logger.info("paravae: SGLang's own %s serves, since %s", theirs, reason)
-    return getattr(import_module(f"sglang.multimodal_gen.runtime.models.vaes.{their_module}"), theirs)(config)
+    if reason is not None:
+        logger.info("paravae: SGLang's own %s serves, since %s", name, reason)
+    return reason is None
 
 
 @SGLangVAE.register  # what its stages ask before they hand over ``on_frames``; its layerwise offload is not inherited
