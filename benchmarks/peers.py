@@ -27,30 +27,16 @@ def sglang_from(folder: Path) -> OtherPeer:
     return build
 
 
-def shared_sglang(folder: Path, mode: str) -> OtherPeer:
-    """The same, its decodes shared by the ranks as SGLang's ``parallel_decode_mode`` says."""
+def shared_sglang(folder: Path, mode: str, *, plugin: bool = False) -> OtherPeer:
+    """The same, its decodes shared by the ranks as SGLang's ``parallel_decode_mode`` says. ``plugin``: paravae's class
+    for SGLang instead, made and called alike."""
 
     def build(model: Model, dtype: torch.dtype, device: torch.device) -> Peer:
         from benchmarks import sglang_peer
 
-        base_dim = model.config.arch_config.base_dim
-        peer = sglang_peer.build(model.state, dtype, device, folder=folder, base_dim=base_dim, parallel=mode)
-        return Peer(f"sglang-{mode}", peer.what_ran, peer.decode, peer.encode)
-
-    return build
-
-
-def in_sglang(folder: Path, mode: str) -> OtherPeer:
-    """paravae as SGLang's loader builds it and its stages call it, on SGLang's decode group."""
-
-    def build(model: Model, dtype: torch.dtype, device: torch.device) -> Peer:
-        from benchmarks import sglang_peer
-
-        base_dim = model.config.arch_config.base_dim
-        peer = sglang_peer.build(
-            model.state, dtype, device, folder=folder, base_dim=base_dim, parallel=mode, plugin=True
-        )
-        return Peer(f"paravae-in-sglang-{mode}", peer.what_ran, peer.decode, peer.encode)
+        how = {"folder": folder, "base_dim": model.config.arch_config.base_dim, "parallel": mode, "plugin": plugin}
+        peer = sglang_peer.build(model.state, dtype, device, **how)
+        return Peer(f"{'paravae-in-' * plugin}sglang-{mode}", peer.what_ran, peer.decode, peer.encode)
 
     return build
 

@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 SIZES = ("1024x1024", "1328x1328", "2048x2048", "4096x4096")
 VIDEO_FRAMES = (81,)
 PEERS = ("diffusers", "sglang-spatial_shard", "sglang-auto", "distvae-rows", "distvae-tiles")
-IF_ASKED = ("sglang-patch", "paravae-in-sglang-auto", "paravae-in-sglang-patch")
+IF_ASKED = ("sglang-patch", "paravae-in-sglang-auto")
 """Timed if --peers names them: SGLang's inexact mode, and paravae through SGLang's own calls."""
 
 
@@ -157,11 +157,9 @@ def prepare(args: argparse.Namespace, model: Model, here: World) -> Contest:
 
 
 def builder_of(name: str, sglang: Path) -> OtherPeer:
-    if name.startswith("paravae-in-sglang-"):
-        return peers.in_sglang(sglang, name.removeprefix("paravae-in-sglang-"))
-    kind, _, mode = name.partition("-")
+    kind, _, mode = name.removeprefix("paravae-in-").partition("-")
     if kind == "sglang":
-        return peers.shared_sglang(sglang, mode)
+        return peers.shared_sglang(sglang, mode, plugin=name.startswith("paravae-in-"))
     return peers.distvae(mode) if kind == "distvae" else _diffusers
 
 

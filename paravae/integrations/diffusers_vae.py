@@ -198,8 +198,7 @@ class PipelineVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _compute(self, name: str, value: Tensor, gather_to: GatherTo = "all") -> Tensor:
         """[B, 3, F, H, W] of latents, [B, 2 z_dim, T, h, w] of pixels; anything where it is not gathered."""
         if name == ENCODE:
-            posterior = self.paravae.encode(value)
-            return torch.cat([posterior.mean, posterior.logvar], dim=1)
+            return self.paravae.encode(value).moments
         config = self._with_tiles(self.tiles_px)
         if config != self.paravae.config:  # set here, in step with all ranks: plans are kept for the very object
             self.paravae.config = config

@@ -9,6 +9,7 @@ from sglang.multimodal_gen.runtime.server_args import get_global_server_args
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 
 from paravae.configs import VAEConfig
+from paravae.vae.models.checkpoint import variant_of
 
 logger = init_logger(__name__)
 
@@ -54,22 +55,11 @@ def foreign_reason(arch: Any) -> str | None:
     Several networks share a class name: Wan 2.2's 5B VAE is an AutoencoderKLWan, that of Qwen-Image-Layered an
     AutoencoderKLQwenImage.
     """
-    channels = tuple(getattr(arch, name) for name in ("input_channels", "in_channels") if hasattr(arch, name))
-    expected = {
-        "is_residual": (False,),
-        "patch_size": (None,),
-        "decoder_base_dim": (None, arch.base_dim),
-        "attn_scales": ((),),
-        "clip_output": (True,),
-        "out_channels": (3,),
-    }
-    for name, known in expected.items():
-        value = getattr(arch, name, known[0])
-        if (tuple(value) if isinstance(value, list) else value) not in known:
-            return f"{name} is {value}"
-    if any(count != 3 for count in channels):
-        return f"its pictures have {channels[0]} channels"
-    return None
+    if (variant := variant_of({**arch.extra_attrs, **vars(arch)})) is not None:  # extra: fields that SGLang has not
+        name, value = variant
+        return f"{name} is {value}"
+    channels = getattr(arch, "input_channels", 3)
+    return None if channels == 3 else f"its pictures have {channels} channels"
 
 
 def translate(config: Any, config_class: type[Config]) -> Config:

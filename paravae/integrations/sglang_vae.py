@@ -32,11 +32,11 @@ from paravae.integrations.sglang_config import (
     unknown_pipeline,
 )
 from paravae.vae.autoencoders import AutoencoderKLQwenImage, AutoencoderKLWan
+from paravae.vae.models.checkpoint import mismatch
 
 logger = init_logger(__name__)
 
 OnFrames = Callable[[Tensor], object]
-_HALVES = {"load_encoder": ("encoder.", "quant_conv."), "load_decoder": ("decoder.", "post_quant_conv.")}
 
 
 def qwen_image_vae(config: Any) -> nn.Module:
@@ -157,16 +157,8 @@ class ServedVAE(nn.Module):
         Raises:
             ComponentCheckpointUnsupportedError: a tensor is missing, has another shape, or belongs to another network.
         """
-        own = self.state_dict()
-        unused = tuple(p for half, names in _HALVES.items() if not getattr(self.vae.config, half) for p in names)
-        faults = {
-            "missing": sorted(own.keys() - state_dict.keys()),
-            "of another network": sorted(n for n in state_dict.keys() - own.keys() if not n.startswith(unused)),
-            "of another shape": sorted(
-                n for n in own.keys() & state_dict.keys() if own[n].shape != state_dict[n].shape
-            ),
-        }
-        for fault, names in faults.items():
+        missing, foreign, misshapen = mismatch(self.state_dict(), state_dict)
+        for fault, names in (("missing", missing), ("of another network", foreign), ("of another shape", misshapen)):
             if names:
                 raise _refusal(f"{len(names)} tensors of the VAE's checkpoint are {fault}, such as {names[0]}")
         return super().load_state_dict(state_dict, strict=False, assign=assign)
@@ -189,7 +181,7 @@ class ServedVAE(nn.Module):
         self._notice_new_weights()
         with self._plainly():
             posterior = self.vae.encode(x.to(self.dtype))
-        return DiagonalGaussianDistribution(torch.cat([posterior.mean, posterior.logvar], dim=1))
+        return DiagonalGaussianDistribution(posterior.moments)
 
     def _plainly(self) -> Any:
         """paravae computes in its weights' dtype; autocast would cast them again for every layer."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from paravae.configs import QwenImageVAEConfig, VAEConfig, WanVAEConfig
 from paravae.vae import autoencoders
-from paravae.vae.models.checkpoint import arch_of
+from paravae.vae.models.checkpoint import arch_of, mismatch
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KINDS: dict[str, tuple[type[autoencoders.AutoencoderKLQwenImage], type[VAEConfig]]] = {
@@ -87,9 +87,8 @@ def _has_hooks(module: nn.Module) -> bool:
 def _share(vae: nn.Module, theirs: nn.Module) -> None:
     weights = theirs.state_dict(keep_vars=True)
     named = dict(vae.named_parameters())
-    wrong = [name for name, weight in named.items() if name not in weights or weights[name].shape != weight.shape]
-    halves = {name.split(".")[0] for name in named}
-    foreign = [name for name in weights if name.split(".")[0] in halves and name not in named]
+    missing, foreign, misshapen = mismatch(named, weights)
+    wrong = [*missing, *misshapen]
     if wrong or foreign:
         raise ValueError(
             f"pipe.vae has other weights than its config says: {len(wrong)} missing or misshapen (such as "

@@ -22,6 +22,11 @@ class Posterior:
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     @property
+    def moments(self) -> Tensor:
+        """[B, 2 z_dim, T, h, w]: the means, then the log-variances."""
+        return torch.cat([self.mean, self.logvar], dim=1)
+
+    @property
     def std(self) -> Tensor:
         return torch.exp(0.5 * self.logvar)
 

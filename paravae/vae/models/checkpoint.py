@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -81,18 +81,45 @@ def arch_of(stated: Mapping[str, Any], source: str, arch_class: type[ArchConfig]
     if stated.get("_class_name") not in _CLASS_NAMES:
         came = stated.get("_class_name")
         raise ValueError(f"{source} is of {came!r}, need one of {', '.join(_CLASS_NAMES)} (Qwen-Image or Wan 2.1)")
-    for name, plain in _PLAIN_VALUES.items():
-        value = stated.get(name, plain[0])
-        same_as_base = name == "decoder_base_dim" and value == stated.get("base_dim")
-        if value not in plain and not same_as_base:
-            raise ValueError(
-                f"{source} has {name} = {value!r}: another network than Qwen-Image's and Wan 2.1's ({plain[0]!r})"
-            )
+    if (variant := variant_of(stated)) is not None:
+        name, value = variant
+        raise ValueError(
+            f"{source} has {name} = {value!r}: another network than Qwen-Image's and Wan 2.1's "
+            f"({_PLAIN_VALUES[name][0]!r})"
+        )
     names = {field.name for field in fields(arch_class)}
     try:
         return arch_class(**{name: value for name, value in stated.items() if name in names})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def variant_of(stated: Mapping[str, Any]) -> tuple[str, object] | None:
+    """The first of diffusers' fields, and its value, by which a VAE is another network than Qwen-Image's and Wan 2.1's:
+    several go by the same class names. None if it is none other."""
+    for name, plain in _PLAIN_VALUES.items():
+        value = stated.get(name, plain[0])
+        value = list(value) if isinstance(value, tuple) else value
+        same_as_base = name == "decoder_base_dim" and value == stated.get("base_dim")
+        if value not in plain and not same_as_base:
+            return name, value
+    return None
+
+
+class Mismatch(NamedTuple):
+    """Names of tensors, sorted: what a network lacks, what it does not know, what has another shape than its own."""
+
+    missing: list[str]
+    foreign: list[str]
+    misshapen: list[str]
+
+
+def mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Mismatch:
+    """Of ``found`` to a network of the tensors ``expected``; a half of the VAE that it does not have may be there."""
+    halves = {key.split(".")[0] for key in expected}
+    foreign = (key for key in found.keys() - expected.keys() if key.split(".")[0] in halves or not _is_half(key))
+    misshapen = (key for key in expected.keys() & found.keys() if found[key].shape != expected[key].shape)
+    return Mismatch(sorted(expected.keys() - found.keys()), sorted(foreign), sorted(misshapen))
 
 
 def read_tensors(
@@ -112,19 +139,17 @@ def read_tensors(
         found = load_file(path, device=str(device))
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-    missing = sorted(expected.keys() - found.keys())
-    halves = {key.split(".")[0] for key in expected}
-    foreign = sorted(k for k in found.keys() - expected.keys() if k.split(".")[0] in halves or not _is_half(k))
+    missing, foreign, misshapen = mismatch(expected, found)
     if missing or foreign:
         raise ValueError(
             f"{path} is of another model: {len(missing)} tensors are missing (such as {missing[:2]}), "
             f"{len(foreign)} are unknown (such as {foreign[:2]})"
         )
-    for key, tensor in expected.items():
-        if found[key].shape != tensor.shape:
-            raise ValueError(
-                f"{path}: {key} has shape {list(found[key].shape)}, {CONFIG_NAME} needs {list(tensor.shape)}"
-            )
+    if misshapen:
+        key = misshapen[0]
+        raise ValueError(
+            f"{path}: {key} has shape {list(found[key].shape)}, {CONFIG_NAME} needs {list(expected[key].shape)}"
+        )
     return {key: found[key].to(dtype) for key in expected}
 
 
